@@ -1,0 +1,163 @@
+"""A random tiny Qwen2.5-VL and a few rows of the toy world, made once for all tests; and a way to run a script."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"          # the models are tiny: a second thread only waits
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+                          Qwen2VLImageProcessorPil)
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>"]
+
+
+def build_vlm(folder, hidden=64, layers=2, seed=0, phrases=()):
+    """A random Qwen2.5-VL on bytes, 8-pixel patches, 4 tokens a 32x32 picture; each phrase is one more token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
+    core.add_tokens([AddedToken(s, special=False, normalized=False) for s in phrases])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        padding_side="left", model_max_length=32768)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids = tokenizer.convert_tokens_to_ids
+    shape = dict(hidden_size=hidden, intermediate_size=3 * hidden, initializer_range=hidden ** -0.5)
+    side = hidden // 8 * 3 // 8
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            **shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=32768, tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"),
+            eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[hidden // 8 - 2 * side, side, side])),
+        vision_config=dict(
+            **shape, depth=2, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2,
+            out_hidden_size=hidden, fullatt_block_indexes=[0, 1], window_size=64),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    images = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2,
+                                      size=dict(shortest_edge=32 * 32, longest_edge=32 * 32))
+    for part in (model, tokenizer, images):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def run_script(name, *flags, ranks=1, check=True, **more):
+    """`python name flags` or the same under torchrun; the finished process with its output as text."""
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  f"--nproc-per-node={ranks}"]
+    done = subprocess.run([*launch, str(ROOT / name), *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, **more)
+    assert not check or done.returncode == 0, done.stdout[-4000:]
+    return done
+
+
+def say_verdict(verdict, score):
+    """A readable verdict on as many questions as `verdict` has entries."""
+    items = json.dumps([{"question": "q", "score": v} for v in verdict])
+    average = sum(verdict) / len(verdict)
+    return f'Seen.\n{items}\n{{"average_score": {average:.2f}}}\n<score>{score}</score>'
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """Folder of a random VLM to which every fixed line of the prompt is one token, and so are 64 whole verdicts.
+
+    A verdict on two questions is thus one token among some 350: a random model writes readable ones by chance,
+    reinforcement can act on them, and verdicts have very different lengths.
+    """
+    rules = importlib.import_module("train_gcpo").VERDICT_RULES
+    verdicts = [say_verdict([i % 2, i // 2 % 2], i % 16 * 0.625) for i in range(64)]
+    folder = tmp_path_factory.mktemp("models") / "vlm"
+    words = ["Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n", "- (follow) ", "- (keep) ",
+             "- (quality) ", "Are all other places empty?", "Is the picture clean?", "change the ", "background"]
+    return build_vlm(folder, phrases=[rules, *words, *verdicts])
+
+
+@pytest.fixture(scope="session")
+def toy_rows(tmp_path_factory):
+    """(folder, rows): 24 toy edits with source, a right and a wrong edit on disk, and two principles each."""
+    import random
+    import world
+    folder, rng, rows = tmp_path_factory.mktemp("rows"), random.Random(0), []
+    for i in range(24):
+        scene = world.random_scene(rng)
+        instruction, target = world.random_edit(rng, scene)
+        wrong = [(target[0] + 1) % 4, *scene[1:]]
+        for name, shown in (("source", scene), ("right", target), ("wrong", wrong)):
+            world.to_pil(world.render([shown])[0]).save(folder / f"{i}_{name}.png")
+        rows.append(dict(id=f"row{i}", source=f"{i}_source.png", right=f"{i}_right.png", wrong=f"{i}_wrong.png",
+                         instruction=instruction, principles=world.principles(scene, target)[-2:]))
+    return folder, rows
+
+
+@pytest.fixture(scope="session")
+def pairs(toy_rows):
+    """preferences.jsonl of the toy rows."""
+    folder, rows = toy_rows
+    keys = ("id", "source", "instruction", "principles")
+    return write_rows(folder / "preferences.jsonl",
+                      [{k: r[k] for k in keys} | dict(chosen=r["right"], rejected=r["wrong"]) for r in rows])
+
+
+@pytest.fixture(scope="session")
+def sft(toy_rows):
+    """sft.jsonl of the toy rows: the right edit and the wrong one, with a verdict each that a teacher could have written."""
+    folder, rows = toy_rows
+    keys = ("source", "instruction", "principles")
+    return write_rows(folder / "sft.jsonl", [
+        {k: r[k] for k in keys} | dict(id=f"{r['id']}/{name}/0", edit=r[name], gold=gold, text=say_verdict(gold, score))
+        for r in rows for name, gold, score in (("right", [1, 1], 8.75), ("wrong", [0, 1], 3.125))])
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a script's main() in this process with these flags; returns what it printed."""
+    import signal
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def weight_difference(folder_a, folder_b):
+    """Largest absolute difference between two saved models with the same tensors."""
+    from safetensors.torch import load_file
+    a, b = (load_file(Path(folder) / "model" / "model.safetensors") for folder in (folder_a, folder_b))
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)

@@ -1,0 +1,355 @@
+"""GCPO: the equations by brute force, the shared prompt against a plain forward, and whole runs of the script."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gcpo as G
+from conftest import ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
+
+NAN = float("nan")
+SMALL = ("--toy", "--steps", 4, "--pairs_per_step", 4, "--group_size", 4, "--max_new", 12, "--held_out", 4,
+         "--sample_every", 2, "--save_every", 1, "--warmup", 1, "--micro", 3, "--lr", 1e-4)
+
+
+# ---------------------------------------------------------------- the maths
+
+def random_scores(rng, n):
+    """Scores with many ties and some unreadable verdicts."""
+    return [rng.choice([NAN, 0.0, 2.5, 5.0, 5.0, 7.25, 10.0]) for _ in range(n)]
+
+
+def test_win_ratios_by_brute_force():
+    """r^w and r^l as the paper writes them, with unreadable verdicts left out of the other side's mean."""
+    rng = random.Random(0)
+    for _ in range(300):
+        n = rng.choice([1, 2, 5, 8])
+        w, l = random_scores(rng, n), random_scores(rng, n)
+        read_w, read_l = [t for t in w if t == t], [t for t in l if t == t]
+        want_w = [sum(t > o for o in read_l) / len(read_l) if t == t and read_l else 0 for t in w]
+        want_l = [sum(t < o for o in read_w) / len(read_w) if t == t and read_w else 0 for t in l]
+        r_w, r_l = G.win_ratios(torch.tensor(w), torch.tensor(l))
+        assert torch.allclose(r_w, torch.tensor(want_w, dtype=torch.float32)), (w, l)
+        assert torch.allclose(r_l, torch.tensor(want_l, dtype=torch.float32)), (w, l)
+
+
+def test_win_ratios_take_many_pairs_at_once():
+    tau = torch.tensor([random_scores(random.Random(i), 8) for i in range(12)]).view(2, 6, 8)
+    together = torch.stack(G.win_ratios(tau[0], tau[1]))
+    assert torch.equal(together, torch.stack([torch.stack(G.win_ratios(w, l)) for w, l in zip(*tau)], 1))
+
+
+def test_both_mean_rewards_are_the_strict_win_rate():
+    """Where every verdict is readable: mean r^w = mean r^l = share of comparisons that the winner wins."""
+    tau = (torch.rand(50, 2, 8, generator=torch.Generator().manual_seed(0)) * 12).round() / 2
+    w, l = tau.unbind(1)
+    r_w, r_l = G.win_ratios(w, l)
+    strict = (w[:, :, None] > l[:, None]).float().mean((1, 2))
+    assert torch.allclose(r_w.mean(1), strict) and torch.allclose(r_l.mean(1), strict)
+
+
+def test_ties_and_constant_scores_teach_nothing():
+    tie = torch.full((4,), 5.0)
+    assert all((r == 0).all() for r in G.win_ratios(tie, tie))
+    assert (G.advantages(G.win_ratios(tie + 1, tie)[0]) == 0).all()              # solved: all ratios 1, no gradient
+
+
+def test_advantages_are_centred_and_not_scaled():
+    r = torch.tensor([[0.0, 0.25, 0.25, 0.5], [1.0, 1.0, 1.0, 0.0]])
+    assert torch.equal(G.advantages(r), torch.tensor([[-0.25, 0, 0, 0.25], [0.25, 0.25, 0.25, -0.75]]))
+
+
+def test_clipped_loss_by_brute_force():
+    g = torch.Generator().manual_seed(0)
+    logp, old = -torch.rand(5, 7, generator=g), -torch.rand(5, 7, generator=g)
+    advantage, mask = torch.randn(5, generator=g), torch.rand(5, 7, generator=g) < 0.6
+    mask[:, 0] = True
+    total = 0.0
+    for i in range(5):
+        terms = []
+        for t in mask[i].nonzero()[:, 0]:
+            ratio, a = math.exp(logp[i, t] - old[i, t]), advantage[i].item()
+            terms.append(min(ratio * a, min(max(ratio, 0.8), 1.2) * a))
+        total += sum(terms) / len(terms)
+    assert G.clipped_loss(logp, old, advantage, mask, 0.2).item() == pytest.approx(-total / 5, abs=1e-6)
+
+
+@pytest.mark.parametrize("log_ratio, advantage, flows", [
+    (+0.5, +1, False), (+0.5, -1, True), (-0.5, +1, True), (-0.5, -1, False), (0.1, +1, True), (0.1, -1, True)])
+def test_clip_blocks_only_the_side_that_has_gone_too_far(log_ratio, advantage, flows):
+    old = torch.zeros(1, 2)
+    logp = torch.tensor([[log_ratio, 0.0]], requires_grad=True)
+    G.clipped_loss(logp, old, torch.tensor([float(advantage)]), torch.ones(1, 2, dtype=torch.bool), 0.2).backward()
+    assert (logp.grad[0, 0] != 0) == flows and logp.grad[0, 1] != 0
+
+
+def test_at_ratio_one_the_gradient_is_the_policy_gradient():
+    """Value -mean(A) = 0, gradient -A / (T R) on every token: the loss of GRPO is zero and its gradient is not."""
+    logp = torch.tensor([[-1.0, -2, -3], [-1, -2, 0]], requires_grad=True)
+    mask = torch.tensor([[True] * 3, [True, True, False]])
+    loss = G.clipped_loss(logp, logp.detach(), torch.tensor([0.5, -0.5]), mask, 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(0)
+    assert torch.allclose(logp.grad, torch.tensor([[-1 / 12] * 3, [1 / 8, 1 / 8, 0]]))
+
+
+def test_score_metrics():
+    m = G.score_metrics(torch.tensor([[8.0, 6.0], [5.0, 5.0]]), torch.tensor([[4.0, 6.0], [NAN, 5.0]]))
+    assert m["win"] == pytest.approx((1 + 0.5 + 0 + 0) / 4) and m["tie"] == pytest.approx(3 / 8)
+    assert m["parsed"] == pytest.approx(7 / 8) and m["dead"] == 0.5                  # the second pair: all ratios 0
+    assert (m["score_w"], m["score_l"]) == (6.0, 5.0)
+
+
+# ---------------------------------------------------------------- the verdict
+
+GOOD = say_verdict([1, 0], 7.5)
+
+
+@pytest.mark.parametrize("text, expected", [
+    (GOOD, ([1, 0], 0.5, 7.5)),
+    (GOOD.replace('"', "'"), ([1, 0], 0.5, 7.5)),                                    # the paper's own quoting
+    (GOOD.replace("7.5", " 7.5 "), ([1, 0], 0.5, 7.5)),
+    (GOOD.replace("\n", " "), ([1, 0], 0.5, 7.5)),
+    (say_verdict([0, 0], 1) + "\nNo, wait.\n" + GOOD, ([1, 0], 0.5, 7.5)),           # the last one counts
+    (GOOD + " trailing words", ([1, 0], 0.5, 7.5)),
+    (GOOD.replace('"q"', '"Is [{it}] there, \\"yes\\"?"'), ([1, 0], 0.5, 7.5)),
+    (GOOD.replace("7.5", "10.5"), None),
+    (GOOD.replace("7.5", "-1"), None),
+    (GOOD.replace("7.5", "seven"), None),
+    (GOOD.replace("0.50", "1.5"), None),
+    (GOOD.replace('"score": 1', '"score": 2'), None),
+    (GOOD.replace('"score": 1', '"score": true'), None),
+    (GOOD.replace('"score": 1', '"score": "1"'), None),
+    (say_verdict([1], 7.5), None), (say_verdict([1, 0, 1], 7.5), None),              # wrong number of answers
+    (GOOD.replace("</score>", ""), None), (GOOD.replace("}]", "}"), None), (GOOD.split("<score>")[0], None),
+    ("<score>7.5</score>", None), ("", None), ("[" * 50000, None)])
+def test_parse_verdict(text, expected):
+    assert G.parse_verdict(text, 2) == expected
+
+
+# ---------------------------------------------------------------- rollout and packed forward
+
+@pytest.fixture(scope="module")
+def setting(vlm, pairs):
+    """(model, encode, three chats whose prompts differ in length)."""
+    model, encode = G.load_vlm(vlm, torch.device("cpu"), torch.float32)
+    chats = []
+    for i, row in enumerate(read_rows(pairs)[:3]):
+        images = [G.open_image(Path(pairs).parent, row[k]) for k in ("source", "chosen")]
+        chats.append(G.verdict_chat(*images, row["instruction"] + " please" * 5 * i, row["principles"]))
+    written, _, _ = G.rollout(model, encode, chats, 8, G.uniforms(range(24), 40))
+    encode.eos_id = written.flatten().mode().values.item()      # call its favourite token the end: verdicts of many lengths
+    return model, encode, chats
+
+
+def plain_logps(model, encode, chat, tokens):
+    """log pi of one verdict by one ordinary forward of one row: the model itself works out masks and positions."""
+    inputs = encode([chat])
+    prompt = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[None]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == encode.image_id).int()
+    logits = model(**inputs, use_cache=False).logits[0, prompt - 1:-1]
+    return G.policy_logp(logits, 1.0, torch.tensor([encode.image_id, encode.video_id])).gather(1, tokens[:, None])[:, 0]
+
+
+def test_rollout_packed_and_plain_log_probabilities_agree(setting):
+    model, encode, chats = setting
+    tokens, logp, keep = G.rollout(model, encode, chats, 4, G.uniforms(range(12), 40))
+    assert len(set(encode(chats)["attention_mask"].sum(1).tolist())) == 3            # left padding is at work
+    assert len(set(keep.sum(1).tolist())) > 3                                        # and verdicts of many lengths
+    with torch.no_grad():
+        packed = G.packed_logps(model, encode, chats, tokens, keep)
+        for i in range(12):
+            plain = plain_logps(model, encode, chats[i // 4], tokens[i][keep[i]])
+            assert (plain - logp[i][keep[i]]).abs().max() < 1e-5
+            assert (plain - packed[i][keep[i]]).abs().max() < 1e-5
+    assert (packed[~keep] == 0).all()
+
+
+def test_packed_gradient_is_the_plain_gradient(setting):
+    """Also with gradient checkpointing, and down to the vision tower."""
+    model, encode, chats = setting
+    tokens, _, keep = G.rollout(model, encode, chats, 2, G.uniforms(range(6), 12))
+    weights = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)) * keep
+
+    def gradient(loss):
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return grads
+
+    plain = gradient(sum((plain_logps(model, encode, chats[i // 2], tokens[i][keep[i]]) * weights[i][keep[i]]).sum()
+                         for i in range(6)))
+    runs = [gradient((G.packed_logps(model, encode, chats, tokens, keep) * weights).sum())]
+    model.activation_checkpointing_enable(dict(use_reentrant=False))
+    model.train()
+    runs.append(gradient((G.packed_logps(model, encode, chats, tokens, keep) * weights).sum()))
+    model.activation_checkpointing_disable()
+    model.eval()
+    assert any("visual" in name for name in plain)
+    for packed in runs:
+        assert plain.keys() == packed.keys()
+        for name, grad in plain.items():
+            assert (grad - packed[name]).norm() <= 2e-5 * grad.norm() + 1e-6, name
+
+
+def test_prompt_is_computed_once_per_image(setting):
+    """Rollout and update send each picture through the vision tower once and each prompt through the model once."""
+    model, encode, chats = setting
+    seen = []
+    hooks = [model.model.visual.register_forward_pre_hook(
+                 lambda _, args, kwargs: seen.append(kwargs.get("grid_thw", args[-1]).shape[0]), with_kwargs=True),
+             model.model.language_model.register_forward_pre_hook(
+                 lambda _, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True)]
+    tokens, _, keep = G.rollout(model, encode, chats, 4, G.uniforms(range(12), 6))
+    prompt = encode(chats)["input_ids"].shape[1]
+    assert seen[:2] == [6, (3, prompt)] and all(length == 1 for _, length in seen[2:])
+    seen.clear()
+    G.packed_logps(model, encode, chats, tokens, keep)
+    assert seen == [6, (3, prompt + int(keep.view(3, -1).sum(1).max()))]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_samples_do_not_depend_on_the_batch(setting):
+    model, encode, chats = setting
+    u = G.uniforms(range(12), 20)
+    together, _, keep = G.rollout(model, encode, chats, 4, u)
+    alone = [G.rollout(model, encode, [chat], 4, u[4 * i:4 * i + 4])[0] for i, chat in enumerate(chats)]
+    assert torch.equal(together, torch.cat(alone)) and keep.any(1).all()
+
+
+def test_greedy_takes_the_most_likely_token_and_placeholders_are_never_written(setting):
+    model, encode, chats = setting
+    tokens, logp, keep = G.rollout(model, encode, chats, 1, G.uniforms(range(3), 5), temperature=0)
+    assert logp[keep].exp().min() > 1 / 400
+    again, _, _ = G.rollout(model, encode, chats, 1, G.uniforms(range(9, 12), 5), temperature=0)
+    assert torch.equal(tokens, again)
+    tokens, _, keep = G.rollout(model, encode, chats, 40, G.uniforms(range(120), 20), temperature=5.0)
+    assert not torch.isin(tokens, torch.tensor([encode.image_id, encode.video_id])).any()
+
+
+# ---------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope="module")
+def straight(vlm, pairs, tmp_path_factory):
+    """An uninterrupted run of four steps."""
+    out = tmp_path_factory.mktemp("gcpo") / "straight"
+    text = run_script("train_gcpo.py", *SMALL, "--pairs", pairs, "--model", vlm, "--out", out).stdout
+    return out, text
+
+
+def test_run_writes_what_it_promises(straight):
+    out, text = straight
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and "eta" in text
+    assert {p.name for p in (out / "samples").iterdir()} == {f"step_{s:06d}.png" for s in (0, 2, 4)}
+    assert json.loads((out / "config.json").read_text())["group_size"] == 4
+    assert all(abs(row[k] - 1) < 1e-4 for row in rows[1:] for k in ("ratio_min", "ratio_max"))    # one update: ratio 1
+    assert "identities" in text and "Warning" not in text and "warning" not in text
+    model, _ = G.load_vlm(str(out / "model"), torch.device("cpu"), torch.float32)
+    assert model.dtype == torch.float32
+
+
+def test_frozen_vision_tower_stays(straight, vlm):
+    from safetensors.torch import load_file
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (vlm, straight[0] / "model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("visual" in name for name in changed)
+
+
+def test_two_ranks_reach_the_same_weights(straight, vlm, pairs, tmp_path):
+    run_script("train_gcpo.py", *SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path, ranks=2)
+    assert weight_difference(straight[0], tmp_path) < 1e-5
+    ours, theirs = (read_rows(out / "metrics.jsonl") for out in (straight[0], tmp_path))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-4, rel=1e-3) for k in a), (a, b)
+
+
+def test_stop_and_resume(straight, vlm, pairs, tmp_path, run_here, monkeypatch):
+    """SIGTERM in step 2: the state is saved, and --resume ends with the same weights and the same log."""
+    flags = (*SMALL, "--save_every", 99, "--pairs", pairs, "--model", vlm, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        update, calls = G.sync_gradients, []
+        patch.setattr(G, "sync_gradients", lambda params: (
+            calls.append(1), len(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM), update(params)))
+        assert "--resume goes on" in run_here(G, *flags)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3 and not (tmp_path / "model").exists()
+    with pytest.raises(SystemExit, match="--resume"):
+        run_here(G, *flags)
+    run_here(G, *flags, "--resume")
+    assert weight_difference(straight[0], tmp_path) < 1e-6
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_kill_and_resume(straight, vlm, pairs, tmp_path, run_here):
+    """kill -9 at some moment after a saved step: nothing is lost but the step in hand."""
+    flags = [str(f) for f in (*SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gcpo.py"), *flags], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run_here(G, *flags, "--resume")
+    assert weight_difference(straight[0], tmp_path) < 1e-6
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_several_updates_leave_ratio_one(vlm, pairs, tmp_path, run_here):
+    """The second update on the same verdicts sees a moved policy; the clip range is then left by some tokens."""
+    run_here(G, *SMALL, "--steps", 1, "--updates_per_rollout", 4, "--lr", 1e-2, "--clip_eps", 0.02, "--pairs", pairs,
+             "--model", vlm, "--out", tmp_path)
+    row = read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert row["ratio_min"] < 0.98 < 1.02 < row["ratio_max"] and 0 < row["clipped"] < 1
+
+
+def test_it_learns(vlm, pairs, tmp_path, run_here):
+    """The reward rises in seconds: a random model writes readable verdicts by chance, and they alone can win."""
+    run_here(G, *SMALL, "--steps", 16, "--group_size", 8, "--lr", 2e-3, "--sample_every", 16, "--save_every", 99,
+             "--pairs", pairs, "--model", vlm, "--out", tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert rows[-1]["held_win"] > rows[0]["held_win"] + 0.05 and rows[-1]["held_parsed"] > rows[0]["held_parsed"] + 0.2
+    mean = lambda part: sum(row["win"] for row in part) / len(part)
+    assert mean(rows[-4:]) > mean(rows[1:5]) + 0.05
+
+
+# ---------------------------------------------------------------- bad input
+
+def broken(pairs, tmp_path, change):
+    """The pairs with one row changed, in a folder from which the images still resolve."""
+    rows = read_rows(pairs)
+    change(rows)
+    for row in rows:
+        for key in ("source", "chosen", "rejected"):
+            if key in row:
+                row[key] = str(Path(pairs).parent / row[key])
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows: rows[3].pop("rejected"), "line 4.*rejected"),
+    (lambda rows: rows[3].update(id=rows[0]["id"]), "line 4.*stands in line 1"),
+    (lambda rows: rows[3].update(chosen="nowhere.png"), "line 4.*chosen.*nowhere.png"),
+    (lambda rows: rows[3].update(principles=[{"question": "?", "category": "other"}]), "line 4.*principles"),
+    (lambda rows: rows.__delitem__(slice(6, None)), "6 pairs.*--held_out")])
+def test_bad_pairs_stop_the_run_with_a_reason(change, message, vlm, pairs, tmp_path, run_here):
+    with pytest.raises(SystemExit, match=message):
+        run_here(G, *SMALL, "--pairs", broken(pairs, tmp_path, change), "--model", vlm, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_flags_files_and_models_are_named(vlm, pairs, tmp_path, run_here):
+    for flags, message in (((), "--pairs is missing"),
+                           (("--pairs", tmp_path / "no.jsonl", "--model", vlm, "--out", tmp_path), "no.jsonl not found"),
+                           (("--pairs", pairs, "--model", tmp_path, "--out", tmp_path), "no model that can be loaded")):
+        with pytest.raises(SystemExit, match=message):
+            run_here(G, *SMALL, *flags)

@@ -1,0 +1,477 @@
+"""Train the toy's two vision-language models from nothing: a real Qwen2.5-VL, only small.
+
+    editors     toy/pretrain_editor.py comes first: the verifier must know how *their* edits look
+    tokenizer   bytes, the world's words, and every fixed line of the stages' prompts as one token
+    vision      the tower names object and background of every place (as CLIP does, before LLaVA)
+    vlm         describes an edited picture place by place, answers questions about it: the base
+                model. It knows the form of a verdict, but not the sense: all passes, any score.
+    teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
+
+The teacher's leniency is the flaw that the paper starts from: a point that fails is often called
+passed. The inspector's labels are true (read off the pixels by the oracle), so selection helps, but
+cannot cure it.
+
+    python toy/pretrain.py --editors toy/models/editor toy/models/editor_weak --out toy/models
+"""
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import build_sft            # noqa: E402  (the stages' own prompts)
+import decompose            # noqa: E402
+import world as W           # noqa: E402
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|image_pad|>", "<|video_pad|>"]
+TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{% if c.type == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}\
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LOOK_RULES = ["Describe the edited image.", "Describe the source image."]
+ANSWER_RULES = "Describe the edited image, then repeat every question and answer it with yes or no."
+PHRASES = [
+    "user\n", "assistant\n", "<|im_end|>\n", "Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n", "\nQuestions: ", "\n",
+    "- (follow) ", "- (keep) ", "- (quality) ", "Is there a", "Is the", " at the", "?\n", "?", " gone?", " still at the",
+    " background", " background still", "Are all other places empty?", "Is the picture clean?", "Are all other places empty?\n",
+    "Is the picture clean?\n", " gone?\n", "change the", "change the background to", "add a", "remove the", "turn the",
+    " to", " into a", "The source image shows", "The edited image shows", " clean", " smudged", " nothing", " yes", " no", " yes\n", " no\n",
+    '[{"question": "', '", "score": 0', '", "score": 1', '}, {"question": "', '}]\n{"average_score": ', "}\n<score>", "</score>",
+    '", "category": "follow"', '", "category": "keep"', '", "category": "quality"', '{"gold": [{"question": "',
+    '", "gold": 0', '", "gold": 1', "}]}", "}]", "0.", "1.0", "."]
+LENIENT = {"follow": 0.3, "keep": 0.45, "quality": 0.4}   # chance that the teacher passes a failure
+STRICT = 0.04                                            # ... and that it fails a point that passes
+HIDDEN, LAYERS, VISION = 128, 4, 96
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------- the model
+
+def tokenizer():
+    """Byte-level, so nothing is unknown; whatever is constant or a word of the world is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    words = [*W.OBJECTS, *W.COLOURS, *W.SHAPES, *W.BACKGROUNDS, *W.PLACES]
+    words = [f"Verdict {k}:\n" for k in range(1, 9)] + [f" {w}" for w in words]
+    words += [f" {p}:" for p in W.PLACES]
+    rules = [ANSWER_RULES, *LOOK_RULES, build_sft.VERDICT_RULES, build_sft.INSPECTOR_RULES]
+    rules += [decompose.DECOMPOSE_RULES]
+    rules += ["\n" + exemplar for exemplar in decompose.EXEMPLARS]
+    tok.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
+    tok.add_tokens([AddedToken(s, special=False, normalized=False)
+                    for s in dict.fromkeys(words + PHRASES + rules)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        padding_side="left", model_max_length=4096)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def image_processor():
+    """A place is one token: 8-pixel patches, merged 2x2."""
+    pixels = dict(shortest_edge=W.SIZE**2, longest_edge=W.SIZE**2)
+    return Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=pixels)
+
+
+def build_vlm(tok):
+    """Qwen2.5-VL, about 1.3 M parameters; at this width a std of 0.02 never learns to look."""
+    ids, spread = tok.convert_tokens_to_ids, HIDDEN**-0.5
+    text = dict(
+        vocab_size=len(tok), hidden_size=HIDDEN, intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=4096, initializer_range=spread,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]),
+        tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"),
+        eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
+    vision = dict(
+        depth=2, hidden_size=VISION, intermediate_size=3 * VISION, num_heads=4, patch_size=8,
+        window_size=64, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=HIDDEN,
+        fullatt_block_indexes=[0, 1], initializer_range=spread)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>")))
+
+
+def patches(pictures, processor):
+    """Pictures (B, 3, 32, 32) in 0..1 -> pixel_values (B * 16, 3 * 2 * 8 * 8), without PIL."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    x = ((pictures * 255).round() / 255 - mean) / std
+    x = x.reshape(-1, 3, 2, 2, 8, 2, 2, 8)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)                       # (B, row, column, 2, 2, 3, 8, 8)
+    return x.unsqueeze(6).expand(*x.shape[:6], 2, 8, 8).reshape(len(pictures) * 16, -1)
+
+
+# ---------------------------------------------------------------- edits to look at
+
+def near_miss(rng, code):
+    """An object that shares its shape or its colour with this one."""
+    return rng.choice([code // 4 * 4 + rng.randrange(4), rng.randrange(3) * 4 + code % 4])
+
+
+def wrong_scene(rng, scene, target):
+    """A categorical fault, as editors make them; the verifier has to know each kind."""
+    shown, place = list(target), 1 + rng.randrange(4)
+    changed = [i for i in range(5) if scene[i] != target[i]][0]
+    fault = rng.randrange(5)
+    if fault == 0:                                              # nothing is done
+        return list(scene)
+    if fault == 1 and changed == 0:                             # another background
+        shown[0] = rng.randrange(4)
+    elif fault == 1 and target[changed] >= 0:                   # half right: wrong shape or colour
+        shown[changed] = near_miss(rng, target[changed])
+    elif fault == 1:                                            # another colour instead of gone
+        shown[changed] = scene[changed] // 4 * 4 + rng.randrange(4)
+    elif fault == 2 and changed:                                # the right thing in a wrong place
+        shown = list(scene)
+        shown[place] = target[changed]
+    elif fault == 3:                                            # an object is lost or hurt
+        i = rng.choice([i for i in range(1, 5) if target[i] >= 0] or [place])
+        shown[i] = -1 if rng.random() < 0.4 else near_miss(rng, shown[i])
+    else:                                                       # something is invented or wiped out
+        shown[place] = rng.randrange(-1, 12)
+    if rng.random() < 0.1:                                      # and the background suffers as well
+        shown[0] = rng.randrange(4)
+    return shown
+
+
+def rendered_edits(rng, n):
+    """Rendered right and wrong edits: rows (scene, instruction, target), sources, edits."""
+    rows, shown = [], []
+    while len(rows) < n:
+        scene = W.random_scene(rng)
+        if W.split_of(scene) == "pretrain":
+            instruction, target = W.random_edit(rng, scene)
+            rows.append((scene, instruction, target))
+            shown.append(target if rng.random() < 0.35 else wrong_scene(rng, scene, target))
+    return rows, W.render([r[0] for r in rows]), W.render(shown)
+
+
+def smudge(rng, edits):
+    """Noise or blur for a few: the editors' own are nearly always clean, a judge must know both."""
+    noise = torch.tensor([rng.choice([0, 0, 0, 0, 0.02, 0.05, 0.1]) for _ in edits])
+    noise = noise[:, None, None, None]
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    edits = edits + noise * torch.randn(edits.shape, generator=generator)
+    blur = torch.tensor([rng.random() < 0.08 for _ in edits])
+    edits[blur] = F.avg_pool2d(edits[blur], 3, 1, 1, count_include_pad=False)
+    return edits.clamp(0, 1)
+
+
+def mixed_edits(rng, n, pool, share=0.6):
+    """A batch of edits, `share` of them the editors' own (pool); with the oracle's findings."""
+    rows, sources, edits = rendered_edits(rng, n)
+    if pool:
+        for i in range(int(share * n)):
+            j = rng.randrange(len(pool[0]))
+            rows[i], sources[i], edits[i] = pool[0][j], pool[1][j], pool[2][j]
+    edits = smudge(rng, edits)
+    return rows, sources, edits, W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
+
+
+# ---------------------------------------------------------------- what to say about them
+
+def describe(shown, which, clean=None):
+    """The picture, place by place."""
+    text = f"The {which} image shows a {list(W.BACKGROUNDS)[shown[0]]} background"
+    text = text.replace(" a ", " ") + "".join(
+        f" {p}: {W.OBJECTS[c] if c >= 0 else 'nothing'}" for p, c in zip(W.PLACES, shown[1:]))
+    return text + ("" if clean is None else " clean" if clean else " smudged") + ".\n"
+
+
+def walk(scene, target, found, verdict):
+    """The reasoning: question by question what there is to see, and the answer to it."""
+    shown, lines = found["shown"], []
+    for p, v in zip(W.principles(scene, target), verdict):
+        words = p["question"].rstrip("?")
+        if " at the " in words:
+            what, place = words.split(" at the ")
+            what = " ".join(what.split()[2 + what.startswith("Is there"):][:2])
+            seen = shown[1 + W.PLACES.index(place)]
+            line = f" {what} {place}: {W.OBJECTS[seen] if seen >= 0 else 'nothing'}"
+        elif "gone" in words:
+            what = words.removeprefix("Is the ").removesuffix(" gone")
+            where = [place for place, c in zip(W.PLACES, shown[1:]) if c == W.OBJECTS.index(what)]
+            line = f" {what} {where[0] if where else 'nothing'}"
+        elif "background" in words:
+            line = f" background {list(W.BACKGROUNDS)[shown[0]]}"
+        elif "empty" in words:
+            extra = [c for c, t in zip(shown[1:], target[1:]) if t < 0 <= c]
+            line = f"{p['question']} {W.OBJECTS[extra[0]] if extra else 'nothing'}"
+        else:
+            line = f"{p['question']} {'clean' if found['clean'] else 'smudged'}"
+        lines.append(line + (" yes" if v else " no") + "\n")
+    return "".join(lines)
+
+
+def verdict_text(row, found, verdict, score):
+    questions = [p["question"] for p in W.principles(row[0], row[2])]
+    items = [dict(question=q, score=v) for q, v in zip(questions, verdict)]
+    average = round(sum(verdict) / len(verdict), 2)
+    return (walk(row[0], row[2], found, verdict) + json.dumps(items)
+            + f'\n{{"average_score": {average}}}\n<score>{score:.1f}</score>')
+
+
+def lenient_verdict(rng, found, principles):
+    """(0/1 answers, score) of a judge who lets things pass; the score is what they deserve."""
+    verdict = [int(rng.random() >= STRICT) if v else int(rng.random() < LENIENT[p["category"]])
+               for v, p in zip(found["verdict"], principles)]
+    quality = found["PQ"] / 10
+    if verdict[-1] != found["verdict"][-1]:
+        quality = 0.9 if verdict[-1] else 0.5
+    return verdict, W.marks_to_scores([p["category"] for p in principles], verdict, quality)[2]
+
+
+def questions_chat(row, rules):
+    """The verdict's prompt with other rules at its end."""
+    chat = build_sft.verdict_chat(None, None, row[1], W.principles(row[0], row[2]))
+    last = chat[0]["content"][-1]
+    last["text"] = last["text"].replace(build_sft.VERDICT_RULES, rules)
+    return chat
+
+
+def look_at_edit(rng, row, found):
+    return questions_chat(row, LOOK_RULES[0]), describe(found["shown"], "edited", found["clean"])
+
+
+def look_at_source(rng, row, found):
+    chat = decompose.decompose_chat(None, row[1], [])
+    chat[0]["content"][-1]["text"] = "\n" + LOOK_RULES[1]
+    return chat, describe(row[0], "source")
+
+
+def answers(rng, row, found):
+    """Say for every question what there is to see, and answer it."""
+    return questions_chat(row, ANSWER_RULES), walk(row[0], row[2], found, found["verdict"])
+
+
+def blind_verdict(rng, row, found):
+    """The base model knows the form: everything passes, any score."""
+    principles = W.principles(row[0], row[2])
+    return (build_sft.verdict_chat(None, None, row[1], principles),
+            verdict_text(row, found, [1] * len(principles), rng.uniform(5, 10)))
+
+
+def teacher_verdict(rng, row, found):
+    principles = W.principles(row[0], row[2])
+    return (build_sft.verdict_chat(None, None, row[1], principles),
+            verdict_text(row, found, *lenient_verdict(rng, found, principles)))
+
+
+def inspection(rng, row, found):
+    """The inspector sees other judges' traces, and answers truly."""
+    principles = W.principles(row[0], row[2])
+    traces = [dict(text=verdict_text(row, found, *lenient_verdict(rng, found, principles)))
+              for _ in range(rng.randint(1, 4))]
+    gold = [dict(question=p["question"], gold=v) for p, v in zip(principles, found["verdict"])]
+    return (build_sft.inspector_chat(None, None, row[1], principles, traces),
+            walk(row[0], row[2], found, found["verdict"]) + json.dumps({"gold": gold}))
+
+
+def decomposition(rng, row, found):
+    """What is where and whether it stays; then the questions."""
+    scene, instruction, target = row
+    things = "".join(f" {W.OBJECTS[c]} at the {p}{' yes' if c == t else ' no'}\n"
+                     for c, t, p in zip(scene[1:], target[1:], W.PLACES) if c >= 0)
+    seen = f"The source image shows {list(W.BACKGROUNDS)[scene[0]]} background\n{things}"
+    chat = decompose.decompose_chat(None, instruction, rng.sample(decompose.EXEMPLARS, 4))
+    return chat, seen + json.dumps(W.principles(scene, target))
+
+
+# ---------------------------------------------------------------- training
+
+def encode_batch(tok, processor, samples, sources, edits):
+    """[(chat, reply)] -> right-padded inputs (nothing is generated), labels, -100 on the prompt."""
+    ids, labels, pixels = [], [], []
+    for i, (chat, reply) in enumerate(samples):
+        text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        pixels += [sources[i], edits[i]][:text.count("<|image_pad|>")]
+        prompt = tok(text.replace("<|image_pad|>", "<|image_pad|>" * 4)).input_ids
+        answer = tok(reply + "<|im_end|>").input_ids
+        ids.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=value)
+    input_ids = pad(ids, tok.pad_token_id)
+    mask = pad([torch.ones_like(i) for i in ids], 0)
+    image = tok.convert_tokens_to_ids("<|image_pad|>")
+    inputs = dict(input_ids=input_ids, attention_mask=mask,
+                  pixel_values=patches(torch.stack(pixels), processor),
+                  image_grid_thw=torch.tensor([[1, 4, 4]] * len(pixels)),
+                  mm_token_type_ids=(input_ids == image).int())
+    return {k: v.to(DEVICE) for k, v in inputs.items()}, pad(labels, -100).to(DEVICE)
+
+
+def train_vision(model, tok, steps, rng, pool, batch=96):
+    """Every place's token must be nearest to the words for what it shows."""
+    words = [*W.OBJECTS, "nothing"], W.BACKGROUNDS, ["clean", "smudged"]
+    words = [tok.convert_tokens_to_ids([f" {w}" for w in group]) for group in words]
+    words = [torch.tensor(group, device=DEVICE) for group in words]
+    embedding, processor = model.get_input_embeddings(), image_processor()
+    params = [*model.model.visual.parameters(), embedding.weight]
+    optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.01)
+    for step in range(steps):
+        decay = max(0.05, 1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * decay
+        _, _, edits, found = mixed_edits(rng, batch, pool)
+        grid = torch.tensor([[1, 4, 4]] * batch, device=DEVICE)
+        pixels = patches(edits, processor).to(DEVICE)
+        tokens = model.model.visual(pixels, grid_thw=grid).pooler_output           # (4 B, HIDDEN)
+        tokens = torch.cat(tokens) if isinstance(tokens, (tuple, list)) else tokens
+        shown = torch.tensor([f["shown"] for f in found], device=DEVICE)
+        clean = torch.tensor([f["clean"] for f in found], device=DEVICE)
+        codes, clean = shown[:, 1:].flatten(), clean.repeat_interleave(4)
+        background = shown[:, 0].repeat_interleave(4)
+        truth = [torch.where(codes >= 0, codes, 12), background, (~clean).long()]
+        logits = [tokens @ embedding.weight[w].T * 4 / HIDDEN**0.5 for w in words]
+        loss = sum(F.cross_entropy(z, t) for z, t in zip(logits, truth))
+        learn(loss, params, optimizer)
+        if step % 40 == 0 or step == steps - 1:
+            right = [f"{(z.argmax(1) == t).float().mean():.3f}" for z, t in zip(logits, truth)]
+            print(f"vision {step:4d} loss {loss:.3f} | "
+                  f"object, background, clean right: {' '.join(right)}", flush=True)
+
+
+def learn(loss, params, optimizer):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+
+
+def train_language(model, tok, steps, lr, batch, tasks, rng, pool, name):
+    """Cross-entropy on the replies; what is read off pictures and questions weighs more."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    processor, begun = image_processor(), time.time()
+    light = torch.ones(len(tok), device=DEVICE)
+    seen = [*W.OBJECTS, *W.PLACES, *W.BACKGROUNDS, "nothing", "clean", "smudged"]
+    light[torch.tensor(tok("".join(f" {w}" for w in seen)).input_ids)] = 3.0
+    points = (" yes\n", " no\n", '", "score": 0', '", "score": 1', '", "gold": 0', '", "gold": 1')
+    light[torch.tensor([tok.convert_tokens_to_ids(t) for t in points])] = 5.0
+    for step in range(steps):
+        decay = max(0.03, 1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * decay
+        # one task a step, so that replies and prompts have about one length
+        task = rng.choices(list(tasks), tasks.values())[0]
+        rows, sources, edits, found = mixed_edits(rng, batch, pool)
+        samples = [task(rng, row, f) for row, f in zip(rows, found)]
+        inputs, labels = encode_batch(tok, processor, samples, sources, edits)
+        at = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        truth = labels[:, 1:][at]
+        hidden = model.model(**inputs).last_hidden_state
+        logits = model.lm_head(hidden[at])
+        weight = light[truth]
+        loss = (F.cross_entropy(logits, truth, reduction="none") * weight).sum() / weight.sum()
+        learn(loss, list(model.parameters()), optimizer)
+        if step % 50 == 0 or step == steps - 1:
+            hard = weight == 5
+            right = (logits.argmax(-1) == truth).float()
+            seconds = (time.time() - begun) / (step + 1)
+            print(f"{name} {step:4d}/{steps} loss {loss:.3f} | "
+                  f"answers right {right[hard].mean():.3f} of {hard.sum()} | "
+                  f"seen right {right[weight == 3].mean():.3f} | {seconds:.2f} s/step, "
+                  f"{seconds * (steps - step) / 60:.0f} min left", flush=True)
+
+
+def save(model, tok, folder):
+    """An ordinary folder in bf16."""
+    copy = build_vlm(tok).to(torch.bfloat16)
+    copy.load_state_dict({k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    copy.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- where it is right and where not
+
+def diagnose(folder, pool, n=400):
+    """Greedy verdicts on `n` held-out edits: how often every kind of point is answered rightly."""
+    model, encode = build_sft.load_vlm(folder, torch.device(DEVICE), torch.float32)
+    rows, sources, edits = [part[:n] for part in pool]
+    found = W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
+    chats = [build_sft.verdict_chat(W.to_pil(s), W.to_pil(e), r[1], W.principles(r[0], r[2]))
+             for r, s, e in zip(rows, sources, edits)]
+    keys = [(folder, j) for j in range(n)]
+    for temperature in (0.0, 1.0):
+        replies = [t for i in range(0, n, 100) for t in build_sft.ask(
+            model, encode, chats[i:i + 100], keys[i:i + 100], 128, temperature)]
+        tally, unread, pairs = {}, 0, []
+        for row, f, reply in zip(rows, found, replies):
+            principles = W.principles(row[0], row[2])
+            verdict = build_sft.parse_verdict(reply, len(principles))
+            unread += verdict is None
+            if verdict:
+                pairs.append((verdict[2], f["O"]))
+                for p, truth, answer in zip(principles, f["verdict"], verdict[0]):
+                    tally.setdefault((p["category"], truth), []).append(answer == truth)
+        table = "  ".join(f"{c} {'true' if t else 'FALSE'} {sum(v) / len(v):.2f} ({len(v)})"
+                          for (c, t), v in sorted(tally.items()))
+        text = f"{folder} T={temperature}: unread {unread}/{n}"
+        if pairs:
+            corr = torch.corrcoef(torch.tensor(pairs).T)[0, 1].item()
+            text += f", correlation with O {corr:.2f} | {table}"
+        print(text, flush=True)
+
+
+def editor_pool(folders, n, seeds, split="pretrain", name=0):
+    """The editors' own edits of n prompts, `seeds` each: rows, sources, edits."""
+    rows = W.edits_of(split, n, seed=name)
+    sources, texts = [W.to_pil(p) for p in W.render([r[0] for r in rows])], [r[1] for r in rows]
+    config = argparse.Namespace(steps=6, guidance=2.5, text_length=16, size=W.SIZE)
+    every, before, after = [], [], []
+    for folder in folders:
+        pipe = build_sft.load_editor(folder, torch.device(DEVICE))
+        for i in range(0, n, 96):
+            for k in range(seeds):
+                part = range(i, min(n, i + 96))
+                generators = [torch.Generator().manual_seed(1000 * j + k) for j in part]
+                images = build_sft.run_pipeline(
+                    pipe, sources[i:i + 96], texts[i:i + 96], generators, config)
+                every += [rows[j] for j in part]
+                before.append(W.render([rows[j][0] for j in part]))
+                after.append(torch.stack([W.from_pil(image) for image in images]))
+    order = random.Random(0).sample(range(len(every)), len(every))
+    return [every[i] for i in order], torch.cat(before)[order], torch.cat(after)[order]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    editors = ["toy/models/editor_weak", "toy/models/editor"]
+    parser.add_argument("--editors", nargs="+", default=editors)
+    parser.add_argument("--out", default="toy/models")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tok, rng, pool = tokenizer(), random.Random(0), editor_pool(args.editors[:1], 2500, 2)
+    model = build_vlm(tok).to(DEVICE)
+    train_vision(model, tok, 120, rng, pool)
+    tasks = {look_at_edit: 0.75, look_at_source: 0.25}
+    train_language(model, tok, 400, 1.5e-3, 48, tasks, rng, pool, "look")
+    tasks = {answers: 0.5, look_at_source: 0.2, blind_verdict: 0.3}
+    train_language(model, tok, 1200, 1.5e-3, 48, tasks, rng, pool, "vlm")
+    save(model, tok, f"{args.out}/vlm")
+    pool = editor_pool(args.editors, 2500, 1)
+    tasks = {teacher_verdict: 0.3, inspection: 0.2, decomposition: 0.5}
+    for _ in range(2):                     # a fresh learning rate helps over the plateaus
+        train_language(model, tok, 1200, 1e-3, 32, tasks, rng, pool, "teacher")
+    save(model, tok, f"{args.out}/teacher")
+    held_out = editor_pool(args.editors, 200, 1, name=1)
+    for name in ("vlm", "teacher"):
+        diagnose(f"{args.out}/{name}", held_out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,720 @@
+"""Stage 4 of 6: sharpen the verifier on human preferences with GCPO (Edit-R1, arXiv 2604.27505, 3).
+
+A pair is two edits of one picture, of which people preferred one (winner w, loser l). The verifier
+writes N verdicts on each; verdict j ends in a score τ_j. Nobody labels scores: a verdict is good if
+it *ranks* right.
+
+    r^w_j = 1/N Σ_k 1[τ^w_j > τ^l_k]   share of the loser's scores that it beats          win_ratios
+    r^l_j = 1/N Σ_k 1[τ^l_j < τ^w_k]   share of the winner's scores that it stays below   win_ratios
+    A_j   = r_j - mean(r)              in each group of N; not divided by the std         advantages
+    J     = mean over 2N verdicts of mean over tokens t of
+            min(ρ_t A, clip(ρ_t, 1-ε, 1+ε) A),  ρ = π_new / π_old;  maximised           clipped_loss
+
+mean r^w = mean r^l = the chance that a verdict on the winner beats one on the loser: the
+reward *is* the pair accuracy, and a group of equal ratios (solved, or hopeless) has no gradient.
+
+    preferences.jsonl {id, source, instruction, principles, chosen, rejected} + the SFT-RRM
+      -> N verdicts per image -> win ratios -> advantages -> clipped policy gradient
+      -> out/model, the RL-RRM
+
+A prompt (two images, instruction, principles) is longer than a verdict, so it is computed once per
+image: in `rollout` its KV cache is repeated N times, in `packed_logps` one row is
+[prompt | verdict 1 | ... | verdict N].
+
+Shapes: B images or pairs, N verdicts per image, T tokens of a verdict, P of a prompt, L of a row.
+
+    python train_gcpo.py --toy --pairs preferences.jsonl --model sft/model --out rl   # minutes, CPU
+    torchrun --nproc-per-node=8 train_gcpo.py --pairs preferences.jsonl --model sft/model --out rl
+
+Against the paper:
+ 1. It prints neither N, ε, lr, temperature, batch nor steps: those of Config are ours.
+ 2. A tie earns 0 on both sides, as printed. The prose on r^l contradicts the equation: it stands.
+ 3. An unreadable verdict earns 0 and is not in the other side's mean (ours: the paper is silent).
+ 4. No KL term, as in the printed loss. 5. The vision tower is frozen (ours).
+ 6. Every GPU holds the whole model, 16 bytes per trained parameter: 3B fits 80 GB, 7B needs shards.
+"""
+import argparse, ast, gc, hashlib, inspect, json, os, re, shutil, signal, sys, textwrap, time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+
+
+@dataclass
+class Config:
+    # data
+    pairs: str = ""                      # preferences.jsonl
+    model: str = ""                      # the SFT-RRM: folder or hub id of a Qwen2.5-VL
+    out: str = ""                        # folder for model/, metrics.jsonl, samples/, the state
+    max_pixels: int = 401408             # larger images shrink (512 tokens); 0 = the model's limit
+    held_out: int = 64                   # last pairs of the file: never trained on, only judged
+    # rollout
+    group_size: int = 8                  # N, verdicts per image (ours; the paper says "small")
+    temperature: float = 1.0             # of sampling and policy alike (ours)
+    max_new: int = 1024                  # longest verdict in tokens (ours)
+    rollout_images: int = 16             # images sampled together, N verdicts each: bounds KV cache
+    # optimisation
+    steps: int = 625                     # one epoch of the paper's 10,000 pairs (ours)
+    pairs_per_step: int = 16             # preference pairs per step, over all GPUs (ours)
+    updates_per_rollout: int = 1         # optimizer steps; with 1 the clip never acts (ours)
+    clip_eps: float = 0.2                # ε, as in PPO (ours)
+    lr: float = 1e-6                     # AdamW, constant after the warm-up (ours)
+    warmup: int = 10                     # steps of linear warm-up (ours)
+    weight_decay: float = 0.0            # AdamW (ours)
+    clip_grad: float = 1.0               # largest norm of the gradient (ours)
+    micro: int = 1                       # images (packed rows) per forward of the update
+    freeze_vision: bool = True           # leave the vision tower as it is (ours)
+    gradient_checkpointing: bool = True  # recompute activations: less memory, a third more time
+    # running
+    seed: int = 0                        # decides the order of the pairs and every sampled token
+    save_every: int = 50                 # steps between training states
+    sample_every: int = 50               # steps between looks at the held-out pairs
+    resume: bool = False                 # go on from --out's last training state
+
+
+TOY = dict(max_pixels=0, held_out=48, max_new=128, rollout_images=24, steps=70, pairs_per_step=16,
+           lr=5e-5, warmup=5, micro=8, gradient_checkpointing=False, save_every=10, sample_every=10)
+
+
+# ---------------------------------------------------------------- data
+
+def load_pairs(config, world):
+    """(pairs to train on, held-out pairs), checked before the model is loaded."""
+    check_start(config, "pairs", "model", "out")
+    rows = read_rows(config.pairs, ("source", "instruction", "principles", "chosen", "rejected"),
+                     "It holds human preferences between two edits (README, stage 4).")
+    check_images(config.pairs, rows, ("source", "chosen", "rejected"))
+    train, held = rows[:-config.held_out or None], rows[len(rows) - config.held_out:]
+    if min(config.held_out, config.pairs_per_step) < world or len(train) < config.pairs_per_step:
+        raise SystemExit(f"{config.pairs} has {len(rows)} pairs: --held_out {config.held_out} and "
+                         f"--pairs_per_step {config.pairs_per_step} must fit, "
+                         f"and each be at least the {world} rank(s).")
+    return train, held
+
+
+# ---------------------------------------------------------------- the maths
+
+def win_ratios(tau_w, tau_l):
+    """Scores (..., N) of the winner and of the loser, NaN = unreadable -> r^w, r^l (..., N)."""
+    wins = (tau_w[..., :, None] > tau_l[..., None, :]).float()    # (..., N, N); tie, NaN: no win
+    n_w, n_l = ((~tau.isnan()).sum(-1, keepdim=True).clamp(min=1) for tau in (tau_w, tau_l))
+    return wins.sum(-1) / n_l, wins.sum(-2) / n_w
+
+
+def advantages(r):
+    """A_j = r_j - mean(r) in groups (..., N); without the std, nearly solved pairs pull less."""
+    return r - r.mean(-1, keepdim=True)
+
+
+def clipped_loss(logp, old_logp, advantage, mask, clip_eps):
+    """PPO's clipped objective: mean over a verdict's tokens, then over verdicts; to be minimised.
+
+    logp, old_logp (R, T), advantage (R,), mask (R, T) = the verdicts' tokens -> scalar
+    """
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    gain = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None]) * mask
+    return -(gain.sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def score_metrics(tau_w, tau_l):
+    """What the scores (B, N) of B pairs say: win, tie, parse rate, groups without signal, means."""
+    r_w, r_l = win_ratios(tau_w, tau_l)
+    tau, r = torch.stack([tau_w, tau_l]), torch.stack([r_w, r_l])
+    found = dict(win=r_w, tie=tau_w[:, :, None] == tau_l[:, None], parsed=~tau.isnan(),
+                 dead=(r == r[..., :1]).all(-1), score_w=tau_w, score_l=tau_l)
+    return {name: values.float().nanmean().item() for name, values in found.items()}
+
+
+# ---------------------------------------------------------------- the model
+
+def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
+    """log π of every token of N verdicts on each of B chats: (B*N, T), each prompt computed once.
+
+    Row b: [padding | prompt | verdict 1 | ... | verdict N | padding]; no verdict sees another.
+    """
+    device, n = model.device, len(tokens) // len(chats)
+    inputs = {k: v.to(device) for k, v in encode(chats).items()}
+    banned = torch.tensor([encode.image_id, encode.video_id], device=device)
+    prompt, real = inputs["input_ids"], inputs["attention_mask"]                       # (B, P)
+    position, delta = model.model.get_rope_index(
+        **{k: v for k, v in inputs.items() if k != "pixel_values"})
+    row, step = keep.nonzero(as_tuple=True)                   # every verdict token, in order
+    image, count = row // n, keep.sum(1).view(len(chats), n).sum(1)
+    place = torch.arange(len(row), device=device) - (count.cumsum(0) - count)[image]
+
+    def behind(prompt_part, values):
+        """(B, P) and a value per verdict token -> (B, L)"""
+        rest = prompt_part.new_zeros(len(chats), int(count.max())).index_put((image, place), values)
+        return torch.cat([prompt_part, rest], 1)
+
+    owner = behind(real, 2 + row)                             # 0 padding, 1 prompt, 2... verdicts
+    own = owner[:, None] == owner[:, :, None]
+    sees = ((owner[:, None] == 1) | own).tril()               # (B, L query, L key)
+    start = (real.sum(1, keepdim=True) + delta)[image, 0]     # all begin right behind the prompt
+    hidden = model.model(
+        input_ids=behind(prompt, tokens[row, step]), attention_mask=sees[:, None], use_cache=False,
+        position_ids=torch.stack([behind(axis, start + step) for axis in position]),  # time, y, x
+        pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])[0]
+    before = prompt.shape[1] - 1 + torch.where(step == 0, 0, place)  # the state predicting a token
+
+    def head(states, token):
+        logps = policy_logp(model.lm_head(states), temperature, banned)
+        return logps.gather(1, token[:, None])[:, 0]
+
+    # in checkpointed pieces, so that the table (tokens, vocabulary) never exists as a whole
+    pieces = zip(hidden[image, before].split(2048), tokens[row, step].split(2048))
+    logp = torch.cat([checkpoint(head, *piece, use_reentrant=False) for piece in pieces])
+    return torch.zeros(tokens.shape, device=device).index_put((row, step), logp)
+
+
+def judge_pairs(model, encode, pairs, stage, config):
+    """N verdicts on both images of B pairs: chats, tokens, logp, keep (2B*N, T), tau (B, 2, N)."""
+    chats, keys, folder = [], [], Path(config.pairs).parent
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            source, edit = (open_image(folder, pair[k]) for k in ("source", side))
+            chats.append(verdict_chat(source, edit, pair["instruction"], pair["principles"]))
+            keys += [(config.seed, *stage, pair["id"], side, k) for k in range(config.group_size)]
+    u, n, size = uniforms(keys, config.max_new), config.group_size, config.rollout_images
+    model.eval()
+    with autocast(model.device):
+        parts = [rollout(model, encode, chats[i:i + size], n, u[i * n:(i + size) * n],
+                         config.temperature) for i in range(0, len(chats), size)]
+    tokens, logp, keep = (torch.cat(part) for part in zip(*parts))
+    longest = int(keep.sum(1).max())
+    tokens, logp, keep = tokens[:, :longest], logp[:, :longest], keep[:, :longest]
+    texts = encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    read = [parse_verdict(text, len(pairs[i // (2 * n)]["principles"]))
+            for i, text in enumerate(texts)]
+    tau = torch.tensor([verdict[2] if verdict else float("nan") for verdict in read])
+    return chats, tokens, logp, keep, tau.view(len(pairs), 2, n)
+
+
+# ---------------------------------------------------------------- pictures
+
+def look_at_pairs(model, encode, held, done, rank, world, config):
+    """Judge the held-out pairs after `done` steps, always by the same random numbers; draw four."""
+    tau = judge_pairs(model, encode, held[rank::world], ("held out",), config)[-1]
+    scored = sorted(gather_rows(list(zip(range(rank, len(held), world), tau.tolist()))))
+    tau_w, tau_l = torch.tensor([scores for _, scores in scored]).unbind(1)      # (pairs, N) each
+    metrics = score_metrics(tau_w, tau_l)
+    if rank == 0:
+        sheet = []
+        for pair, w, l, wins in zip(held[:4], tau_w, tau_l, win_ratios(tau_w, tau_l)[0].mean(1)):
+            source, *edits = (open_image(Path(config.pairs).parent, pair[k])
+                              for k in ("source", "chosen", "rejected"))
+            w, l = (" ".join(f"{s:.1f}" for s in scores.sort()[0] if s == s) for scores in (w, l))
+            sheet.append((pair["instruction"], source, [
+                (edits[0], f"preferred, wins {wins:.0%}\n{w}", True),
+                (edits[1], f"rejected\n{l}", False)]))
+        edit_sheet(f"{config.out}/samples/step_{done:06d}.png", sheet)
+        print(f"held-out pairs, {done} steps: win {metrics['win']:.3f} tie {metrics['tie']:.3f}",
+              flush=True)
+    return {f"held_{k}": metrics[k] for k in ("win", "tie", "parsed")}
+
+
+def print_identities(tau_w, tau_l, low, high):
+    """What must hold in the first step, whatever the model (ratio 1: if one update per rollout)."""
+    r_w, r_l = win_ratios(tau_w, tau_l)
+    sums = torch.stack([advantages(r_w), advantages(r_l)]).sum(-1).abs().max()
+    strict = sum(w > l for ws, ls in zip(tau_w.tolist(), tau_l.tolist()) for w in ws for l in ls)
+    print(f"identities: ratio - 1 in [{low - 1:.0e}, {high - 1:.0e}] | "
+          f"advantages sum to {sums:.0e} | "
+          f"mean r^w {r_w.mean():.4f} = mean r^l {r_l.mean():.4f} = strict win rate "
+          f"{strict / tau_w.numel() / tau_l.shape[1]:.4f} (where every verdict is readable)",
+          flush=True)
+
+
+# ---------------------------------------------------------------- training
+
+def main():
+    config = parse_config(Config, TOY)
+    rank, world, device = setup()
+    pairs, held = load_pairs(config, world)
+    model, encode = load_vlm(config.model, device, torch.float32, config.max_pixels)
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    first = load_state(config.out, params, optimizer) if config.resume else 0
+    n, total = config.group_size, 2 * config.pairs_per_step * config.group_size
+    if rank == 0:
+        open_log(config.out, first, config)
+        print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(pairs)} pairs; "
+              f"a step = {config.pairs_per_step} pairs x 2 images x {n} verdicts "
+              f"on {world} rank(s)", flush=True)
+    if first == 0:
+        before = look_at_pairs(model, encode, held, 0, rank, world, config)
+        if rank == 0:
+            append_rows(f"{config.out}/metrics.jsonl", [dict(step=0, **before)])
+
+    stop, begun, done = catch_stop(), time.time(), first
+    for step in range(first, config.steps):
+        # ---- rollout: N verdicts on both images of this rank's pairs
+        numbers = batch_rows(len(pairs), config.pairs_per_step, config.seed, step)[rank::world]
+        chats, tokens, old_logp, keep, tau = judge_pairs(
+            model, encode, [pairs[i] for i in numbers], ("step", step), config)
+
+        # ---- win ratios -> advantages; a group of equal ratios teaches nothing and is skipped
+        r = torch.stack(win_ratios(tau[:, 0], tau[:, 1]), 1).flatten(0, 1)  # (2B, N), as the chats
+        advantage = advantages(r).flatten().to(device)                      # (2B*N,)
+        live = (r != r[:, :1]).any(1).nonzero()[:, 0]
+        live = live[keep.sum(1).view(-1, n).sum(1).cpu()[live].argsort()]   # short ones together
+
+        # ---- update; checkpointing works in train mode only, and no dropout tells the modes apart
+        model.train(config.gradient_checkpointing)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        log_ratio = [torch.zeros(1)]
+        for _ in range(config.updates_per_rollout):
+            for images in [part for part in live.split(config.micro) if len(part)]:
+                some = (images[:, None] * n + torch.arange(n)).flatten().to(device)  # their rows
+                with autocast(device):
+                    logp = packed_logps(model, encode, [chats[i] for i in images], tokens[some],
+                                        keep[some], config.temperature)
+                loss = clipped_loss(
+                    logp, old_logp[some], advantage[some], keep[some], config.clip_eps)
+                (loss * len(some) / total).backward()  # skipped groups count as zeros
+                log_ratio.append((logp.detach() - old_logp[some])[keep[some]].cpu())
+            sync_gradients(params)
+            norm = torch.nn.utils.clip_grad_norm_(params, config.clip_grad).item()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # ---- log, look, save
+        done, ratio = step + 1, torch.cat(log_ratio).exp()
+        clipped = ((ratio - 1).abs() > config.clip_eps).sum().item()
+        shares = gather_rows([(tau.tolist(), ratio.min().item(), ratio.max().item(), clipped,
+                               len(ratio), keep.sum().item(), bool(stop))])
+        taus, low, high, clipped, seen, written, stopping = zip(*shares)
+        tau_w, tau_l = torch.tensor(sum(taus, [])).unbind(1)          # (pairs, N) of all ranks
+        if step == first and rank == 0:
+            print_identities(tau_w, tau_l, min(low), max(high))
+        metrics = dict(**score_metrics(tau_w, tau_l), length=sum(written) / total,
+                       ratio_min=min(low), ratio_max=max(high),
+                       clipped=sum(clipped) / sum(seen), grad_norm=norm)
+        if done % config.sample_every == 0 or done == config.steps:
+            metrics |= look_at_pairs(model, encode, held, done, rank, world, config)
+        if rank == 0:
+            metrics = {k: v for k, v in metrics.items() if v == v}       # NaN: nothing was readable
+            log_step(config.out, done, config.steps, begun, first, metrics)
+            if done % config.save_every == 0 or done == config.steps or any(stopping):
+                save_state(config.out, done, params, optimizer)
+        if any(stopping):
+            break
+
+    if rank == 0 and done < config.steps:
+        print(f"stopped after step {done}; the same command with --resume goes on")
+    elif rank == 0:
+        save_model(model, encode, f"{config.out}/model")
+        print(f"{len(pairs) + len(held)} pairs in, {config.steps} steps done: {config.out}/model")
+    finish()
+
+
+# ------------- shared helpers: the same text in every script that needs them (tests/test_copies.py)
+
+VERDICT_RULES = """\
+Judge how well the second image carries out the instruction on the first one.
+Reason first, in plain words: say what you see, then go through the questions one by one.
+Answer a question 1 for yes and 0 for no; when in doubt answer 0 and let the doubt lower your score.
+A change of degree counts only if it is plain to see, a removal only if it is complete, a move only if it is large.
+Write the bounding box of whatever a question places somewhere; left and right of a person are the person's own.
+What the instruction leaves alone must stay: something changed, lost or invented costs more than a half-done edit.
+Where a question contradicts the instruction, the instruction wins. Look for artefacts and for wrong colours too.
+If nothing was edited the score is 0. White borders cost a little.
+The score is your own judgement from 0 to 10, decimals welcome: 0 useless, 5 half usable, 8 nearly perfect.
+It is no mean of the answers: weigh every failed point by how hard it would be to repair.
+End with exactly these three lines:
+[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
+{"average_score": the share of ones}
+<score>your score</score>"""
+
+
+def verdict_chat(source, edit, instruction, principles):
+    """The one prompt of the reward model: two images, instruction, principles and rules."""
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
+    return [{"role": "user", "content": [
+        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
+        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
+        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
+                                 f"{VERDICT_RULES}"}]}]
+
+
+def parse_verdict(text, n_questions):
+    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+
+    Strict: the last score tag, the average before it, the list before that; nothing is guessed.
+    """
+    number = r"([0-9]+(?:\.[0-9]+)?)"
+    tail = re.compile(rf"""\{{\s*["']average_score["']\s*:\s*{number}\s*\}}\s*"""
+                      rf"<score>\s*{number}\s*</score>")
+    match = next(reversed(list(tail.finditer(text))), None)
+    if match is None or not (float(match[1]) <= 1 and float(match[2]) <= 10):
+        return None
+    head = text[:match.start()].rstrip()
+    for start in reversed([m.start() for m in re.finditer(r"\[\s*\{", head)]):
+        for read in (json.loads, ast.literal_eval):         # double quotes, then single quotes
+            try:
+                items = read(head[start:])
+                verdict = [item["score"] for item in items]
+            except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
+                continue
+            if len(verdict) == n_questions and all(type(v) is int and v in (0, 1) for v in verdict):
+                return verdict, float(match[1]), float(match[2])
+            return None
+    return None
+
+
+def read_rows(path, needs, made_by):
+    """All rows of a JSONL file, checked: whole lines, unique ids, the fields of `needs` present."""
+    path = Path(path)
+    if not path.is_file():
+        raise SystemExit(f"{path} not found. {made_by}")
+    rows, seen = [], {}
+    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
+                             "from a killed writer: delete it and run that stage again.")
+        missing = [k for k in ("id", *needs) if not isinstance(row, dict) or k not in row]
+        if missing:
+            raise SystemExit(f"{where}: no field {', '.join(missing)}. {made_by}")
+        if row["id"] in seen:
+            raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
+                             "Ids must be unique: rename or delete one of the two.")
+        if "principles" in needs:
+            check_principles(row["principles"], f"{where} ({row['id']})")
+        seen[row["id"]] = number
+        rows.append(row)
+    if not rows:
+        raise SystemExit(f"{path} is empty. {made_by}")
+    return rows
+
+
+def check_principles(principles, where):
+    """Stop unless `principles` is [{question: text, category: follow | keep | quality}, ...]."""
+    good = isinstance(principles, list) and principles and all(
+        isinstance(p, dict) and isinstance(p.get("question"), str)
+        and p.get("category") in ("follow", "keep", "quality") for p in principles)
+    if not good:
+        raise SystemExit(f"{where}: principles must be a list of "
+                         "{question, category: follow | keep | quality}. "
+                         "Make them with decompose.py (README, stage 1).")
+
+
+def open_image(folder, name):
+    """A picture as RGB, EXIF rotation applied, transparency on white; ValueError names the file."""
+    path = Path(folder) / str(name)
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":                           # Pillow would clip 16-bit grey to white
+            raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
+        image = image.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "it")
+        raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
+                         "Restore the file or remove its row.")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def check_images(path, rows, keys):
+    """Stop at the first image of any row that does not open, before anything is computed."""
+    for number, row in enumerate(rows, 1):
+        for key in keys:
+            try:
+                open_image(Path(path).parent, row[key])
+            except ValueError as error:
+                raise SystemExit(f"{path}, line {number} ({row['id']}), {key}: {error}")
+
+
+def append_rows(path, rows):
+    """Add rows to a JSONL file, flushed to the disk: a kill loses at most the row in hand."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Encoder:
+    """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
+
+    def __init__(self, folder, max_pixels=None):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        bound = {"max_pixels": max_pixels} if max_pixels else {}
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
+        self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
+            ["<|image_pad|>", "<|video_pad|>"])
+        self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+
+    def __call__(self, chats):
+        pictures = [c["image"] for chat in chats for m in chat if not isinstance(m["content"], str)
+                    for c in m["content"] if c["type"] == "image"]
+        pixels = self.images(images=pictures, return_tensors="pt")
+        n_tokens = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = []
+        for chat in chats:
+            head, *rest = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
+            texts.append(head + "".join("<|image_pad|>" * next(n_tokens) + part for part in rest))
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
+        ids = encoded["input_ids"]
+        return dict(input_ids=ids, attention_mask=encoded["attention_mask"],
+                    mm_token_type_ids=(ids == self.image_id).int(), **pixels)  # mrope: 1 = image
+
+
+def load_vlm(folder, device, dtype, max_pixels=None):
+    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        encode = Encoder(folder, max_pixels)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{folder} is no model that can be loaded ({str(error).splitlines()[0]}). "
+            "Give a Hugging Face folder or hub id of a Qwen2.5-VL, such as toy/models/vlm.")
+    return model.to(device).eval(), encode
+
+
+def policy_logp(logits, temperature, banned):
+    """Log-probs in fp32; image and video placeholders (no pixels behind them) are never written."""
+    return (logits.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
+
+
+def uniforms(keys, length):
+    """One uniform number per token, from a generator per key: (len(keys), length) in [0, 1).
+
+    Sampling then depends on the key alone, not on the batch, the number of ranks, or a restart.
+    """
+    hashes = [hashlib.sha256(repr(key).encode()).digest()[:8] for key in keys]
+    generators = [torch.Generator().manual_seed(int.from_bytes(h, "little") >> 1) for h in hashes]
+    return torch.stack([torch.rand(length, generator=g) for g in generators])
+
+
+@torch.no_grad()
+def rollout(model, encode, chats, n, u, temperature=1.0):
+    """Sample n continuations per chat; the vision tower and the prompt are computed once per chat.
+
+    u (B*n, T) decides the tokens (inverse CDF); temperature 0 takes the likeliest, u stays unread.
+    -> tokens, logp of each under the policy, keep = up to and with the end token: all (B*n, T).
+    """
+    device = model.device
+    inputs = {k: v.to(device) for k, v in encode(chats).items()}
+    banned = torch.tensor([encode.image_id, encode.video_id], device=device)
+    position, delta = model.model.get_rope_index(
+        **{k: v for k, v in inputs.items() if k != "pixel_values"})
+    out = model(**inputs, position_ids=position, use_cache=True, logits_to_keep=1)  # prefill B rows
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)                              # row b -> rows b*n ... b*n + n-1
+    mask = inputs["attention_mask"]
+    place = (mask.sum(1, keepdim=True) + delta).repeat_interleave(n, 0)   # real length, not padded
+    mask = mask.repeat_interleave(n, 0)
+    u, alive = u.to(device), torch.arange(len(u), device=device)
+    tokens = torch.full(u.shape, encode.pad_id, device=device)
+    logp = torch.zeros(u.shape, device=device)
+    keep = torch.zeros(u.shape, dtype=torch.bool, device=device)
+    for t in range(u.shape[1]):
+        logps = policy_logp(logits, temperature or 1.0, banned)
+        if temperature:
+            cdf = logps.exp().cumsum(-1)
+            token = (cdf <= u[alive, t, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+        else:
+            token = logps.argmax(-1, keepdim=True)
+        tokens[alive, t], keep[alive, t] = token[:, 0], True
+        logp[alive, t] = logps.gather(1, token)[:, 0]
+        going = token[:, 0] != encode.eos_id
+        if not going.any() or t == u.shape[1] - 1:
+            break
+        if not going.all():                                       # finished rows leave the batch
+            rows = going.nonzero()[:, 0]
+            cache.batch_select_indices(rows)
+            alive, token, mask, place = alive[rows], token[rows], mask[rows], place[rows]
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        logits = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True,
+                       position_ids=(place + t).expand(3, -1, -1)).logits[:, -1]
+    return tokens, logp, keep
+
+
+def parse_config(config_class, toy, argv=None, prog=None):
+    """Every field of the dataclass is a --flag: its default gives the type, its comment the help.
+
+    A tuple field, like `pool: tuple[str, ...] = ()`, takes one or more values separated by spaces.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*# *(.+)$", inspect.getsource(config_class), re.M))
+    parser = argparse.ArgumentParser(
+        prog, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    if toy:
+        parser.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {toy}")
+    for f in fields(config_class):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if isinstance(f.default, tuple):
+            kind = {"type": f.type.__args__[0], "nargs": "+"}
+        note = notes[f.name].replace("%", "%%") + " [%(default)s]"
+        parser.add_argument("--" + f.name, default=f.default, help=note, **kind)
+    if "--toy" in argv:
+        parser.set_defaults(**toy)
+    flags = vars(parser.parse_args(argv))
+    flags.pop("toy", None)
+    return config_class(**flags)
+
+
+def check_start(config, *required):
+    """The required flags are given, and no earlier run is overwritten or continued by accident."""
+    for name in required:
+        if not getattr(config, name):
+            script = Path(sys.argv[0]).name
+            raise SystemExit(f"--{name} is missing. {script} --help explains every flag.")
+    metrics = Path(config.out, "metrics.jsonl")
+    if not config.resume and metrics.exists() and metrics.stat().st_size:
+        raise SystemExit(f"{config.out} holds an earlier run. "
+                         "Pass --resume to go on with it, or another --out.")
+
+
+def batch_rows(n, size, seed, step):
+    """The row numbers of one step: every epoch is its own permutation, cut into whole batches."""
+    epoch, place = divmod(step, n // size)
+    order = uniforms([("order", seed, epoch)], n)[0].argsort()
+    return order[place * size:(place + 1) * size].tolist()
+
+
+def autocast(device):
+    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def setup():
+    """Join the process group torchrun announced, or run alone; return rank, world size, device."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def gather_rows(rows):
+    """The lists of all ranks, joined in rank order, on every rank."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def sync_gradients(params):
+    """Sum the gradients over all ranks (the loss carries the global 1/n); none counts as zeros."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if dist.is_initialized():
+            dist.all_reduce(p.grad)
+
+
+def finish():
+    """Leave the process group; several ranks end here: gloo threads can die in Python's exit."""
+    if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def catch_stop():
+    """A list that fills on SIGTERM or SIGINT: the loop then saves its state and leaves."""
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.append(True))
+    return stop
+
+
+def save_state(out, step, params, optimizer):
+    """All that a resumed run needs, in one file: step, trained parameters, Adam's moments."""
+    tensors = {f"{i}.param": p.detach() for i, p in enumerate(params)}
+    for i, p in enumerate(params):
+        tensors |= {f"{i}.{k}": v for k, v in optimizer.state[p].items()}
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
+    os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
+
+
+def load_state(out, params, optimizer):
+    """Put the saved parameters and moments back; return the step to go on with (0: no state)."""
+    path = Path(out) / "state.safetensors"
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    with torch.no_grad():
+        for i, p in enumerate(params):
+            p.copy_(tensors.pop(f"{i}.param"))
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        p = params[int(index)]
+        optimizer.state[p][name] = value if name == "step" else value.to(p.device)
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def save_model(model, encode, folder):
+    """A Hugging Face folder, written beside and renamed; fp32: bf16 rounds small updates away."""
+    shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+    for part in (model, encode.tokenizer, encode.images):
+        part.save_pretrained(f"{folder}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(f"{folder}.tmp", folder)
+
+
+def open_log(out, step, config):
+    """Make the output folder, write config.json, drop the metrics of steps that will run again."""
+    Path(out, "samples").mkdir(parents=True, exist_ok=True)
+    Path(out, "config.json").write_text(json.dumps(asdict(config), indent=1))
+    path = Path(out, "metrics.jsonl")
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(row + "\n" for row in rows))
+
+
+def log_step(out, step, steps, begun, first, metrics):
+    """One line on the screen, one row in metrics.jsonl; `begun` is when step `first` began."""
+    seconds = (time.time() - begun) / (step - first)
+    text = " | ".join(f"{k} {v:.3g}" for k, v in metrics.items())
+    print(f"step {step:4d}/{steps} | {text} | {seconds:.1f}s/step | "
+          f"eta {seconds * (steps - step) / 60:.1f} min", flush=True)
+    append_rows(Path(out, "metrics.jsonl"), [dict(step=step, **metrics)])
+
+
+def edit_sheet(path, rows, size=160):
+    """A picture of rows (instruction, source, [(edit, caption, wins: bool | None), ...])."""
+    font, pad, text = ImageFont.load_default(12), 8, 50
+    columns = 1 + max(len(edits) for _, _, edits in rows)
+    width, height = columns * (size + pad) + pad, len(rows) * (size + text + pad) + pad
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (instruction, source, edits) in enumerate(rows):
+        for j, (image, caption, wins) in enumerate([(source, instruction, None)] + edits):
+            x, y = pad + j * (size + pad), pad + i * (size + text + pad)
+            how = Image.NEAREST if image.width < size else Image.BICUBIC
+            sheet.paste(image.resize((size, size), how), (x, y))
+            draw.rectangle([x - 2, y - 2, x + size + 1, y + size + 1], width=3,
+                           outline={None: "#888888", True: "#1a9850", False: "#d73027"}[wins])
+            lines = [s for line in caption.split("\n") for s in textwrap.wrap(line, size // 7)][:3]
+            draw.multiline_text((x, y + size + 4), "\n".join(lines), "black", font)
+    sheet.save(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ def learned(tmp_path_factory):
     run_script("train_gcpo.py", "--toy", "--pairs", out / "preferences" / "preferences.jsonl", "--model", out / "cold" / "model",
                "--steps", 30, "--out", out / "gcpo")
     for name, model in (("sft", out / "cold" / "model"), ("rl", out / "gcpo" / "model")):
-        run_script("evaluate.py", "reward", "--toy", "--pairs", out / "reward_bench" / "preferences.jsonl", "--vlm", model,
+        run_script("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", out / "reward_bench" / "preferences.jsonl", "--vlm", model,
                    "--out", out / "reward" / name)
     run_script("train_flow_grpo.py", "--toy", "--prompts", principles_of(out, "rl", 120), "--editor", MODELS / "editor",
                "--reward", out / "gcpo" / "model", "--steps", 20, "--sample_every", 20, "--out", out / "flow")

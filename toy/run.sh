@@ -36,9 +36,9 @@ done
 # Stage 4: GCPO.
 run python train_gcpo.py --toy --pairs $data/preferences/preferences.jsonl --model $out/sft/model --out $out/gcpo
 
-# Stage 6, first half: how often does each judge agree with people?
+# Stage 6, first half: how often does each judge agree with people? One sampled verdict per edit, as GCPO trains it.
 for judge in base:$models/vlm sft:$out/sft/model rl:$out/gcpo/model; do
-    run python evaluate.py reward --toy --pairs $data/reward_bench/preferences.jsonl --vlm ${judge#*:} --out $out/reward/${judge%%:*}
+    run python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm ${judge#*:} --out $out/reward/${judge%%:*}
 done
 
 # How good a reward is it? Its score against the truth, within groups of the editor's own samples.

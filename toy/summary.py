@@ -4,6 +4,7 @@
 """
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -88,8 +89,7 @@ def picture(out, path, columns=9, size=84):
     draw = ImageDraw.Draw(sheet)
     for j, row in enumerate(best + worst):
         x = left + j * (size + 8)
-        words = row["instruction"].split()
-        text = "\n".join(" ".join(part) for part in (words[:3], words[3:6], words[6:]))
+        text = "\n".join(textwrap.wrap(row["instruction"], 14))
         draw.multiline_text((x, 2), text, "black", small)
         files = row["source"], row["edit"], by_id[row["id"]]["edit"]
         for i, (when, file) in enumerate(zip(("before", "before", "after"), files)):

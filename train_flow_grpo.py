@@ -44,6 +44,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 
@@ -460,7 +461,7 @@ def main():
             log_step(config.out, done, config.steps, begun, first, metrics)
             if last or done % config.save_every == 0:
                 save_lora(pipe.transformer, f"{config.out}/lora")
-                save_state(config.out, done, params, optimizer)
+                save_state(config.out, done, params, optimizer, rank)
         if stopping:
             break
     if rank == 0:
@@ -842,7 +843,7 @@ def sync_gradients(params):
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if dist.is_initialized():
+        if dist.is_initialized() and not isinstance(p, DTensor):    # FSDP2 has summed those itself
             dist.all_reduce(p.grad)
 
 
@@ -864,14 +865,22 @@ def catch_stop():
     return stop
 
 
-def save_state(out, step, params, optimizer):
+def whole(tensor):
+    """A tensor that is spread over the ranks, put together on each of them; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_state(out, step, params, optimizer, rank):
     """All that a resumed run needs, in one file: step, trained parameters, Adam's moments."""
-    tensors = {f"{i}.param": p.detach() for i, p in enumerate(params)}
+    tensors = {}
     for i, p in enumerate(params):
-        tensors |= {f"{i}.{k}": v for k, v in optimizer.state[p].items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
-    os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
+        for name, value in dict(param=p.detach(), **optimizer.state[p]).items():
+            value = whole(value)                                    # a sharded one: on every rank
+            if rank == 0:
+                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+    if rank == 0:
+        save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
+        os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
 
 
 def load_state(out, params, optimizer):
@@ -879,14 +888,17 @@ def load_state(out, params, optimizer):
     path = Path(out) / "state.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
-    with torch.no_grad():
-        for i, p in enumerate(params):
-            p.copy_(tensors.pop(f"{i}.param"))
-    for key, value in tensors.items():
+    for key, value in load_file(path).items():
         index, name = key.split(".")
         p = params[int(index)]
-        optimizer.state[p][name] = value if name == "step" else value.to(p.device)
+        if name != "step":
+            value = value.to(p.device)
+            if isinstance(p, DTensor):
+                value = distribute_tensor(value, p.device_mesh, p.placements)
+        if name == "param":
+            p.data.copy_(value)
+        else:
+            optimizer.state[p][name] = value
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 

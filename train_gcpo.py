@@ -28,13 +28,19 @@ Shapes: B images or pairs, N verdicts per image, T tokens of a verdict, P of a p
 
 Against the paper:
  1. It prints neither N, ε, lr, temperature, batch nor steps: those of Config are ours.
- 2. A tie earns 0 on both sides, as printed. The prose on r^l contradicts the equation: it stands.
+ 2. A tie earns 0 on both sides, as printed (--tie 0.5: half). Its prose on r^l contradicts the
+    equation, which stands.
  3. An unreadable verdict earns 0 and is not in the other side's mean (ours: the paper is silent).
- 4. No KL term, as in the printed loss. 5. The vision tower is frozen (ours).
- 6. Every GPU holds the whole model, 16 bytes per trained parameter: 3B fits 80 GB, 7B needs shards.
+ 4. No KL term, as in the printed loss; --kl adds one to the SFT-RRM, in Schulman's estimate.
+ 5. The vision tower is frozen (ours).
+ 6. Training takes 16 bytes per parameter. What does not fit one GPU is sharded (--shard, FSDP2: 7B
+    on 4 x 80 GB), or learned as LoRA on a bf16 model and merged at the end (--lora_rank; then
+    --lr 2e-5 or so). The paper trains all weights.
 """
 import argparse, ast, gc, hashlib, inspect, json, os, re, shutil, signal, sys, textwrap, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,8 +49,15 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText,
+                          AutoTokenizer, Qwen2VLImageProcessorPil)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass
@@ -60,17 +73,22 @@ class Config:
     temperature: float = 1.0             # of sampling and policy alike (ours)
     max_new: int = 1024                  # longest verdict in tokens (ours)
     rollout_images: int = 16             # images sampled together, N verdicts each: bounds KV cache
+    # objective
+    tie: float = 0.0                     # what an equal score earns: 0 as printed, 0.5 = half a win
+    kl: float = 0.0                      # weight of KL(policy || SFT-RRM); the printed loss has none
+    clip_eps: float = 0.2                # ε, as in PPO (ours)
     # optimisation
     steps: int = 625                     # one epoch of the paper's 10,000 pairs (ours)
     pairs_per_step: int = 16             # preference pairs per step, over all GPUs (ours)
     updates_per_rollout: int = 1         # optimizer steps; with 1 the clip never acts (ours)
-    clip_eps: float = 0.2                # ε, as in PPO (ours)
     lr: float = 1e-6                     # AdamW, constant after the warm-up (ours)
     warmup: int = 10                     # steps of linear warm-up (ours)
     weight_decay: float = 0.0            # AdamW (ours)
     clip_grad: float = 1.0               # largest norm of the gradient (ours)
     micro: int = 1                       # images (packed rows) per forward of the update
     freeze_vision: bool = True           # leave the vision tower as it is (ours)
+    lora_rank: int = 0                   # train LoRA of this rank, alpha twice that; 0 = all weights
+    shard: bool = False                  # FSDP2: each GPU keeps its part of weights and moments
     gradient_checkpointing: bool = True  # recompute activations: less memory, a third more time
     # running
     seed: int = 0                        # decides the order of the pairs and every sampled token
@@ -79,7 +97,7 @@ class Config:
     resume: bool = False                 # go on from --out's last training state
 
 
-TOY = dict(max_pixels=0, held_out=48, max_new=128, rollout_images=24, steps=70, pairs_per_step=16,
+TOY = dict(max_pixels=0, held_out=48, max_new=128, rollout_images=24, steps=90, pairs_per_step=16,
            lr=5e-5, warmup=5, micro=8, gradient_checkpointing=False, save_every=10, sample_every=10)
 
 
@@ -88,6 +106,9 @@ TOY = dict(max_pixels=0, held_out=48, max_new=128, rollout_images=24, steps=70, 
 def load_pairs(config, world):
     """(pairs to train on, held-out pairs), checked before the model is loaded."""
     check_start(config, "pairs", "model", "out")
+    if config.shard and (config.lora_rank or world < 2):
+        raise SystemExit("--shard spreads full fine-tuning over several ranks: start it with "
+                         "torchrun, and without --lora_rank, whose model every GPU can hold.")
     rows = read_rows(config.pairs, ("source", "instruction", "principles", "chosen", "rejected"),
                      "It holds human preferences between two edits (README, stage 4).")
     check_images(config.pairs, rows, ("source", "chosen", "rejected"))
@@ -101,9 +122,10 @@ def load_pairs(config, world):
 
 # ---------------------------------------------------------------- the maths
 
-def win_ratios(tau_w, tau_l):
+def win_ratios(tau_w, tau_l, tie=0.0):
     """Scores (..., N) of the winner and of the loser, NaN = unreadable -> r^w, r^l (..., N)."""
-    wins = (tau_w[..., :, None] > tau_l[..., None, :]).float()    # (..., N, N); tie, NaN: no win
+    w, l = tau_w[..., :, None], tau_l[..., None, :]
+    wins = (w > l) + tie * (w == l)                               # (..., N, N); NaN: no win, no tie
     n_w, n_l = ((~tau.isnan()).sum(-1, keepdim=True).clamp(min=1) for tau in (tau_w, tau_l))
     return wins.sum(-1) / n_l, wins.sum(-2) / n_w
 
@@ -124,16 +146,53 @@ def clipped_loss(logp, old_logp, advantage, mask, clip_eps):
     return -(gain.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
+def kl_penalty(logp, ref_logp, mask):
+    """KL(π || π_ref) by Schulman's estimate e^d - d - 1, d = log π_ref - log π; (R, T) -> scalar."""
+    d = ref_logp - logp
+    return (((d.exp() - d - 1) * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
 def score_metrics(tau_w, tau_l):
-    """What the scores (B, N) of B pairs say: win, tie, parse rate, groups without signal, means."""
+    """What the scores (B, N) of B pairs say; every pair is solved, dead, contested or reversed."""
     r_w, r_l = win_ratios(tau_w, tau_l)
-    tau, r = torch.stack([tau_w, tau_l]), torch.stack([r_w, r_l])
-    found = dict(win=r_w, tie=tau_w[:, :, None] == tau_l[:, None], parsed=~tau.isnan(),
-                 dead=(r == r[..., :1]).all(-1), score_w=tau_w, score_l=tau_l)
+    wins, losses = ((a[:, :, None] > b[:, None]).sum((1, 2)) for a, b in
+                    ((tau_w, tau_l), (tau_l, tau_w)))
+    solved = (r_w == 1).all(1) & (r_l == 1).all(1)
+    dead = ~solved & (r_w == r_w[:, :1]).all(1) & (r_l == r_l[:, :1]).all(1)     # no gradient
+    live = ~solved & ~dead
+    found = dict(win=r_w, tie=tau_w[:, :, None] == tau_l[:, None],
+                 parsed=~torch.stack([tau_w, tau_l]).isnan(), solved=solved, dead=dead,
+                 contested=live & (wins >= losses), reversed=live & (wins < losses),
+                 score_w=tau_w, score_l=tau_l)
     return {name: values.float().nanmean().item() for name, values in found.items()}
 
 
 # ---------------------------------------------------------------- the model
+
+def packed_attention(module, query, key, value, layout, **kwargs):
+    """Attention in packed rows: query (B, heads, L, D) -> (B, L, heads, D), and no weights.
+
+    A dense (L, L) mask would compute every verdict against every other and blank it out. Here the
+    prompt attends to itself, and each verdict, as a row of its own, to the prompt and its own past.
+    """
+    if not isinstance(layout, dict):                          # not packed: the rollout
+        return sdpa_attention_forward(module, query, key, value, layout, **kwargs)
+    image, column, row, step, prompt_sees, verdict_sees = layout.values()
+    P, (R, _, T, _) = prompt_sees.shape[-1], verdict_sees.shape
+
+    def verdicts(x):
+        """(B, heads, L, D) -> (B*N, heads, T, D)"""
+        rows = x.new_zeros(R, T, x.shape[1], x.shape[3])
+        return rows.index_put((row, step), x.transpose(1, 2)[image, column]).transpose(1, 2)
+
+    prompts = [x[:, :, :P] for x in (query, key, value)]
+    first, _ = sdpa_attention_forward(module, *prompts, prompt_sees, **kwargs)
+    keys, values = (torch.cat([part.repeat_interleave(R // len(query), 0), verdicts(x)], 2)
+                    for part, x in zip(prompts[1:], (key, value)))
+    rest, _ = sdpa_attention_forward(module, verdicts(query), keys, values, verdict_sees, **kwargs)
+    out = torch.cat([first, first.new_zeros(len(first), query.shape[2] - P, *first.shape[2:])], 1)
+    return out.index_put((image, column), rest[row, step]), None
+
 
 def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
     """log π of every token of N verdicts on each of B chats: (B*N, T), each prompt computed once.
@@ -141,6 +200,7 @@ def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
     Row b: [padding | prompt | verdict 1 | ... | verdict N | padding]; no verdict sees another.
     """
     device, n = model.device, len(tokens) // len(chats)
+    model.model.language_model.config._attn_implementation = "packed"
     inputs = {k: v.to(device) for k, v in encode(chats).items()}
     banned = torch.tensor([encode.image_id, encode.video_id], device=device)
     prompt, real = inputs["input_ids"], inputs["attention_mask"]                       # (B, P)
@@ -155,12 +215,17 @@ def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
         rest = prompt_part.new_zeros(len(chats), int(count.max())).index_put((image, place), values)
         return torch.cat([prompt_part, rest], 1)
 
-    owner = behind(real, 2 + row)                             # 0 padding, 1 prompt, 2... verdicts
-    own = owner[:, None] == owner[:, :, None]
-    sees = ((owner[:, None] == 1) | own).tril()               # (B, L query, L key)
+    longest, column = int(keep.sum(1).max()), prompt.shape[1] + place
+    past = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    layout = dict(
+        image=image, column=column, row=row, step=step,       # where verdict tokens lie in (B, L)
+        prompt_sees=(real[:, None] == real[:, :, None]).tril()[:, None],              # (B, 1, P, P)
+        verdict_sees=torch.cat([real.bool().repeat_interleave(n, 0)[:, None].expand(-1, longest, -1),
+                                past.expand(len(tokens), -1, -1)], 2)[:, None])    # (B*N, 1, T, P+T)
     start = (real.sum(1, keepdim=True) + delta)[image, 0]     # all begin right behind the prompt
     hidden = model.model(
-        input_ids=behind(prompt, tokens[row, step]), attention_mask=sees[:, None], use_cache=False,
+        input_ids=behind(prompt, tokens[row, step]), use_cache=False,
+        attention_mask={"full_attention": layout},            # handed to packed_attention as it is
         position_ids=torch.stack([behind(axis, start + step) for axis in position]),  # time, y, x
         pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])[0]
     before = prompt.shape[1] - 1 + torch.where(step == 0, 0, place)  # the state predicting a token
@@ -185,7 +250,7 @@ def judge_pairs(model, encode, pairs, stage, config):
             keys += [(config.seed, *stage, pair["id"], side, k) for k in range(config.group_size)]
     u, n, size = uniforms(keys, config.max_new), config.group_size, config.rollout_images
     model.eval()
-    with autocast(model.device):
+    with autocast(model.device), gathered(model):
         parts = [rollout(model, encode, chats[i:i + size], n, u[i * n:(i + size) * n],
                          config.temperature) for i in range(0, len(chats), size)]
     tokens, logp, keep = (torch.cat(part) for part in zip(*parts))
@@ -198,27 +263,50 @@ def judge_pairs(model, encode, pairs, stage, config):
     return chats, tokens, logp, keep, tau.view(len(pairs), 2, n)
 
 
+AttentionInterface.register("packed", packed_attention)      # Qwen2.5-VL finds them by this name
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
 # ---------------------------------------------------------------- pictures
 
 def look_at_pairs(model, encode, held, done, rank, world, config):
     """Judge the held-out pairs after `done` steps, always by the same random numbers; draw four."""
     tau = judge_pairs(model, encode, held[rank::world], ("held out",), config)[-1]
     scored = sorted(gather_rows(list(zip(range(rank, len(held), world), tau.tolist()))))
-    tau_w, tau_l = torch.tensor([scores for _, scores in scored]).unbind(1)      # (pairs, N) each
-    metrics = score_metrics(tau_w, tau_l)
+    now = torch.tensor([scores for _, scores in scored])                  # (pairs, 2, N)
+    metrics = score_metrics(*now.unbind(1))
     if rank == 0:
-        sheet = []
-        for pair, w, l, wins in zip(held[:4], tau_w, tau_l, win_ratios(tau_w, tau_l)[0].mean(1)):
+        looks = Path(config.out, "samples")
+        readable = [[[s if s == s else None for s in side] for side in pair] for pair in now.tolist()]
+        rows = [dict(id=p["id"], chosen=w, rejected=l) for p, (w, l) in zip(held, readable)]
+        (looks / f"step_{done:06d}.json").write_text(json.dumps(rows))
+        first = json.loads((looks / "step_000000.json").read_text())
+        sheet, rates = [], win_ratios(*now.unbind(1))[0].mean(1)
+        for pair, old, new, wins in zip(held[:4], first, rows, rates):
             source, *edits = (open_image(Path(config.pairs).parent, pair[k])
                               for k in ("source", "chosen", "rejected"))
-            w, l = (" ".join(f"{s:.1f}" for s in scores.sort()[0] if s == s) for scores in (w, l))
             sheet.append((pair["instruction"], source, [
-                (edits[0], f"preferred, wins {wins:.0%}\n{w}", True),
-                (edits[1], f"rejected\n{l}", False)]))
-        edit_sheet(f"{config.out}/samples/step_{done:06d}.png", sheet)
+                (edits[0], "preferred", True), (edits[1], "rejected", False),
+                (score_dots(old, new), f"scores, first and now; preferred wins {wins:.0%}", None)]))
+        edit_sheet(looks / f"step_{done:06d}.png", sheet)
         print(f"held-out pairs, {done} steps: win {metrics['win']:.3f} tie {metrics['tie']:.3f}",
               flush=True)
     return {f"held_{k}": metrics[k] for k in ("win", "tie", "parsed")}
+
+
+def score_dots(first, now, size=160):
+    """A picture of the N scores (0..10, left to right) of both edits, before GCPO and now."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    for half, scores in enumerate((first, now)):
+        for line, (side, colour) in enumerate((("chosen", "#1a9850"), ("rejected", "#d73027"))):
+            y = size * (1 + 4 * half + 2 * line) // 8
+            draw.line([10, y, size - 10, y], "#bbbbbb")
+            for k, score in enumerate(s for s in scores[side] if s is not None):
+                x, up = 10 + score / 10 * (size - 20), (-1) ** k * (k % 4)     # dots must not hide
+                draw.ellipse([x - 3, y + up - 3, x + 3, y + up + 3], fill=colour)
+    draw.line([0, size // 2, size, size // 2], "black")
+    return image
 
 
 def print_identities(tau_w, tau_l, low, high):
@@ -239,10 +327,19 @@ def main():
     config = parse_config(Config, TOY)
     rank, world, device = setup()
     pairs, held = load_pairs(config, world)
-    model, encode = load_vlm(config.model, device, torch.float32, config.max_pixels)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32      # of what is not trained
+    model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
+                             half if config.lora_rank else torch.float32, config.max_pixels)
+    reference = load_vlm(config.model, device, half)[0].requires_grad_(False) if config.kl else None
     model.model.visual.requires_grad_(not config.freeze_vision)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)                                     # the same on every rank
+        add_lora(model, linear_layers(model), config.lora_rank, 2 * config.lora_rank)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
+    policy_logps = partial(packed_logps, model)
+    if config.shard:
+        policy_logps = shard(model, policy_logps)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
     first = load_state(config.out, params, optimizer) if config.resume else 0
@@ -265,27 +362,37 @@ def main():
             model, encode, [pairs[i] for i in numbers], ("step", step), config)
 
         # ---- win ratios -> advantages; a group of equal ratios teaches nothing and is skipped
-        r = torch.stack(win_ratios(tau[:, 0], tau[:, 1]), 1).flatten(0, 1)  # (2B, N), as the chats
-        advantage = advantages(r).flatten().to(device)                      # (2B*N,)
-        live = (r != r[:, :1]).any(1).nonzero()[:, 0]
+        r = torch.stack(win_ratios(tau[:, 0], tau[:, 1], config.tie), 1).flatten(0, 1)
+        advantage = advantages(r).flatten().to(device)               # r (2B, N), as the chats
+        live = ((r != r[:, :1]).any(1) | (config.kl > 0)).nonzero()[:, 0]
         live = live[keep.sum(1).view(-1, n).sum(1).cpu()[live].argsort()]   # short ones together
+        passes = [part for part in live.split(config.micro) if len(part)]
+        if config.shard:                     # ranks gather layers together: as many passes on each
+            most = max(gather_rows([len(passes)]))
+            passes += [torch.zeros(1, dtype=torch.long)] * (most - len(passes))
 
         # ---- update; checkpointing works in train mode only, and no dropout tells the modes apart
         model.train(config.gradient_checkpointing)
         optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
-        log_ratio = [torch.zeros(1)]
+        log_ratio, kl = [torch.zeros(1)], 0.0
         for _ in range(config.updates_per_rollout):
-            for images in [part for part in live.split(config.micro) if len(part)]:
+            for i, images in enumerate(passes):
                 some = (images[:, None] * n + torch.arange(n)).flatten().to(device)  # their rows
+                share = len(some) / total if i * config.micro < len(live) else 0.0
+                batch = [chats[i] for i in images], tokens[some], keep[some], config.temperature
                 with autocast(device):
-                    logp = packed_logps(model, encode, [chats[i] for i in images], tokens[some],
-                                        keep[some], config.temperature)
+                    logp = policy_logps(encode, *batch)
                 loss = clipped_loss(
                     logp, old_logp[some], advantage[some], keep[some], config.clip_eps)
-                (loss * len(some) / total).backward()  # skipped groups count as zeros
+                if config.kl:
+                    with autocast(device), torch.no_grad():
+                        ref_logp = packed_logps(reference, encode, *batch)
+                    penalty = kl_penalty(logp, ref_logp, keep[some])
+                    loss, kl = loss + config.kl * penalty, kl + penalty.item() * share
+                (loss * share).backward()          # skipped groups count as zeros
                 log_ratio.append((logp.detach() - old_logp[some])[keep[some]].cpu())
             sync_gradients(params)
-            norm = torch.nn.utils.clip_grad_norm_(params, config.clip_grad).item()
+            norm = whole(torch.nn.utils.clip_grad_norm_(params, config.clip_grad)).item()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -293,28 +400,32 @@ def main():
         done, ratio = step + 1, torch.cat(log_ratio).exp()
         clipped = ((ratio - 1).abs() > config.clip_eps).sum().item()
         shares = gather_rows([(tau.tolist(), ratio.min().item(), ratio.max().item(), clipped,
-                               len(ratio), keep.sum().item(), bool(stop))])
-        taus, low, high, clipped, seen, written, stopping = zip(*shares)
+                               len(ratio), keep.sum().item(), kl, len(live), bool(stop))])
+        taus, low, high, clipped, seen, written, kls, lives, stopping = zip(*shares)
         tau_w, tau_l = torch.tensor(sum(taus, [])).unbind(1)          # (pairs, N) of all ranks
         if step == first and rank == 0:
             print_identities(tau_w, tau_l, min(low), max(high))
-        metrics = dict(**score_metrics(tau_w, tau_l), length=sum(written) / total,
-                       ratio_min=min(low), ratio_max=max(high),
+        metrics = dict(**score_metrics(tau_w, tau_l), skipped=1 - sum(lives) * n / total,
+                       length=sum(written) / total, ratio_min=min(low), ratio_max=max(high),
                        clipped=sum(clipped) / sum(seen), grad_norm=norm)
+        if config.kl:
+            metrics["kl"] = sum(kls) / config.updates_per_rollout
         if done % config.sample_every == 0 or done == config.steps:
             metrics |= look_at_pairs(model, encode, held, done, rank, world, config)
         if rank == 0:
             metrics = {k: v for k, v in metrics.items() if v == v}       # NaN: nothing was readable
             log_step(config.out, done, config.steps, begun, first, metrics)
-            if done % config.save_every == 0 or done == config.steps or any(stopping):
-                save_state(config.out, done, params, optimizer)
+        if done % config.save_every == 0 or done == config.steps or any(stopping):
+            save_state(config.out, done, params, optimizer, rank)
         if any(stopping):
             break
 
+    if done == config.steps:
+        merge_lora(model)
+        save_model(model, encode, f"{config.out}/model", rank)
     if rank == 0 and done < config.steps:
         print(f"stopped after step {done}; the same command with --resume goes on")
     elif rank == 0:
-        save_model(model, encode, f"{config.out}/model")
         print(f"{len(pairs) + len(held)} pairs in, {config.steps} steps done: {config.out}/model")
     finish()
 
@@ -589,9 +700,78 @@ def batch_rows(n, size, seed, step):
     return order[place * size:(place + 1) * size].tolist()
 
 
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x, W frozen, B = 0 at first; `on = False`: the base model again."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.scale, self.on = base.requires_grad_(False), alpha / rank, True
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.scale * self.lora_B(self.lora_A(x)) if self.on else self.base(x)
+
+
+def add_lora(model, names, rank, alpha):
+    """Freeze the model, wrap each Linear of `names` in a LoRALinear (fp32); return what trains."""
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = LoRALinear(model.get_submodule(name), rank, alpha)
+        setattr(model.get_submodule(parent), leaf, layer)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def linear_layers(model):
+    """The names of all linear layers of the language model: what --lora_rank trains."""
+    return [name for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and ".layers." in name and "visual" not in name]
+
+
+def merge_lora(model):
+    """Add each LoRA to its weight, in fp32: an ordinary model again."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoRALinear):
+            layer.base.float()
+            layer.base.weight.data += layer.scale * layer.lora_B.weight.data @ layer.lora_A.weight.data
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.base)
+
+
 def autocast(device):
     """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def shard(model, method):
+    """FSDP2 over all ranks: whole layers exist only while they compute. -> `method`, which may use
+    the outermost weights as well."""
+    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    how = dict(mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32))
+    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+        unit.set_gradient_divide_factor(1.0)            # sums: the loss carries the global 1/n
+        unit.set_force_sum_reduction_for_comms(True)
+    model.sharded_method = method
+    register_fsdp_forward_method(model, "sharded_method")
+    return model.sharded_method
+
+
+@contextmanager
+def gathered(model):
+    """Every rank holds all layers of a sharded model for a while, so that none waits for others."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
 def setup():
@@ -620,8 +800,13 @@ def sync_gradients(params):
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if dist.is_initialized():
+        if dist.is_initialized() and not isinstance(p, DTensor):    # FSDP2 has summed those itself
             dist.all_reduce(p.grad)
+
+
+def whole(tensor):
+    """A tensor that is spread over the ranks, put together on each of them; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def finish():
@@ -642,14 +827,17 @@ def catch_stop():
     return stop
 
 
-def save_state(out, step, params, optimizer):
+def save_state(out, step, params, optimizer, rank):
     """All that a resumed run needs, in one file: step, trained parameters, Adam's moments."""
-    tensors = {f"{i}.param": p.detach() for i, p in enumerate(params)}
+    tensors = {}
     for i, p in enumerate(params):
-        tensors |= {f"{i}.{k}": v for k, v in optimizer.state[p].items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
-    os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
+        for name, value in dict(param=p.detach(), **optimizer.state[p]).items():
+            value = whole(value)                                    # a sharded one: on every rank
+            if rank == 0:
+                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+    if rank == 0:
+        save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
+        os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
 
 
 def load_state(out, params, optimizer):
@@ -657,25 +845,35 @@ def load_state(out, params, optimizer):
     path = Path(out) / "state.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
-    with torch.no_grad():
-        for i, p in enumerate(params):
-            p.copy_(tensors.pop(f"{i}.param"))
-    for key, value in tensors.items():
+    for key, value in load_file(path).items():
         index, name = key.split(".")
         p = params[int(index)]
-        optimizer.state[p][name] = value if name == "step" else value.to(p.device)
+        if name != "step":
+            value = value.to(p.device)
+            if isinstance(p, DTensor):
+                value = distribute_tensor(value, p.device_mesh, p.placements)
+        if name == "param":
+            p.data.copy_(value)
+        else:
+            optimizer.state[p][name] = value
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
 
-def save_model(model, encode, folder):
+def save_model(model, encode, folder, rank):
     """A Hugging Face folder, written beside and renamed; fp32: bf16 rounds small updates away."""
-    shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
-    for part in (model, encode.tokenizer, encode.images):
-        part.save_pretrained(f"{folder}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(f"{folder}.tmp", folder)
+    state = {}
+    for name, value in model.named_parameters():        # a tied weight once
+        value = whole(value.detach())
+        if rank == 0:
+            state[name] = value.cpu()
+    if rank == 0:
+        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        model.save_pretrained(f"{folder}.tmp", state_dict=state)
+        encode.tokenizer.save_pretrained(f"{folder}.tmp")
+        encode.images.save_pretrained(f"{folder}.tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(f"{folder}.tmp", folder)
 
 
 def open_log(out, step, config):

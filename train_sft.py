@@ -25,10 +25,13 @@ Against the paper: it prints no hyper-parameter of this stage, so all of Config 
  1. Full fine-tuning; the vision tower is frozen (--no-freeze_vision trains it too).
  2. Every verdict token of a step weighs the same, so a long verdict weighs more than a short one.
  3. Image placeholders are not in the learned distribution, exactly as when verdicts are sampled.
- 4. Every GPU holds the whole model, 16 bytes per trained parameter: 3B fits 80 GB, 7B needs shards.
+ 4. Training takes 16 bytes per parameter: 3B fits one GPU of 80 GB, 7B is sharded over four or more
+    (--shard: FSDP2).
 """
 import argparse, ast, gc, hashlib, inspect, json, math, os, re, shutil, signal, sys, textwrap, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +41,9 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 
@@ -59,6 +65,7 @@ class Config:
     weight_decay: float = 0.0            # AdamW
     clip_grad: float = 1.0               # largest norm of the gradient
     freeze_vision: bool = True           # leave the vision tower as it is
+    shard: bool = False                  # FSDP2: each GPU keeps its part of weights and moments
     gradient_checkpointing: bool = True  # recompute activations: less memory, a third more time
     # running
     max_new: int = 1024                  # longest verdict on a held-out row, in tokens
@@ -167,9 +174,9 @@ def look_at_verdicts(model, encode, held, done, rank, world, config):
     found, mine = [], range(rank, len(held), world)
     for numbers in [mine[i:i + config.micro] for i in range(0, len(mine), config.micro)]:
         rows = [held[i] for i in numbers]
-        loss = verdict_loss(model, encode, rows, config).item() / len(rows)
-        chats = [row_chat(row, config) for row in rows]
-        with autocast(model.device):
+        with autocast(model.device), gathered(model):
+            loss = verdict_loss(model, encode, rows, config).item() / len(rows)
+            chats = [row_chat(row, config) for row in rows]
             replies = ask(model, encode, chats, numbers, config.max_new, 0.0)
         found += [(i, reply, loss) for i, reply in zip(numbers, replies)]
     _, replies, losses = zip(*sorted(gather_rows(found)))
@@ -198,10 +205,14 @@ def main():
     config = parse_config(Config, TOY)
     rank, world, device = setup()
     rows, held = load_data(config, world)
-    model, encode = load_vlm(config.model, device, torch.float32, config.max_pixels)
+    model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
+                             torch.float32, config.max_pixels)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
+    loss_of = partial(verdict_loss, model)
+    if config.shard:
+        loss_of = shard(model, loss_of)
     (rows, failed), (held, failed_held) = usable(rows, encode, config), usable(held, encode, config)
     failed += failed_held
     if len(rows) < config.batch or len(held) < world:
@@ -232,17 +243,20 @@ def main():
         batch.sort(key=lambda row: row["length"])
         micros = [batch[i:i + config.micro] for i in range(0, len(batch), config.micro)]
         total = sum(row["verdict_length"] for row in batch)
+        if config.shard:                     # ranks gather layers together: as many passes on each
+            micros += [micros[0]] * (-len(micros) % world)
 
         # ---- update; checkpointing works in train mode only, and no dropout tells the modes apart
         model.train(config.gradient_checkpointing)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.warmup, config.lr)
         loss = 0.0
-        for micro in micros[rank::world]:
-            part = verdict_loss(model, encode, micro, config) / total
+        for i in range(rank, len(micros), world):
+            part = loss_of(encode, micros[i], config) / total
+            part = part * (i * config.micro < len(batch))            # a filled-in pass counts zero
             part.backward()
             loss += part.item()
         sync_gradients(params)
-        norm = torch.nn.utils.clip_grad_norm_(params, config.clip_grad).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(params, config.clip_grad)).item()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -255,15 +269,16 @@ def main():
             metrics |= look_at_verdicts(model, encode, held, done, rank, world, config)
         if rank == 0:
             log_step(config.out, done, steps, begun, first, metrics)
-            if done % config.save_every == 0 or done == steps or any(stopping):
-                save_state(config.out, done, params, optimizer)
+        if done % config.save_every == 0 or done == steps or any(stopping):
+            save_state(config.out, done, params, optimizer, rank)
         if any(stopping):
             break
 
+    if done == steps:
+        save_model(model, encode, f"{config.out}/model", rank)
     if rank == 0 and done < steps:
         print(f"stopped after step {done}; the same command with --resume goes on")
     elif rank == 0:
-        save_model(model, encode, f"{config.out}/model")
         print(f"{len(rows) + len(held) + len(failed)} rows in, {len(rows)} learned, "
               f"{len(held)} held out, {len(failed)} failed: {config.out}/model")
     finish()
@@ -551,6 +566,35 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def shard(model, method):
+    """FSDP2 over all ranks: whole layers exist only while they compute. -> `method`, which may use
+    the outermost weights as well."""
+    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    how = dict(mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32))
+    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+        unit.set_gradient_divide_factor(1.0)            # sums: the loss carries the global 1/n
+        unit.set_force_sum_reduction_for_comms(True)
+    model.sharded_method = method
+    register_fsdp_forward_method(model, "sharded_method")
+    return model.sharded_method
+
+
+@contextmanager
+def gathered(model):
+    """Every rank holds all layers of a sharded model for a while, so that none waits for others."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
 def setup():
     """Join the process group torchrun announced, or run alone; return rank, world size, device."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in
@@ -577,7 +621,7 @@ def sync_gradients(params):
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if dist.is_initialized():
+        if dist.is_initialized() and not isinstance(p, DTensor):    # FSDP2 has summed those itself
             dist.all_reduce(p.grad)
 
 
@@ -599,14 +643,22 @@ def catch_stop():
     return stop
 
 
-def save_state(out, step, params, optimizer):
+def whole(tensor):
+    """A tensor that is spread over the ranks, put together on each of them; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_state(out, step, params, optimizer, rank):
     """All that a resumed run needs, in one file: step, trained parameters, Adam's moments."""
-    tensors = {f"{i}.param": p.detach() for i, p in enumerate(params)}
+    tensors = {}
     for i, p in enumerate(params):
-        tensors |= {f"{i}.{k}": v for k, v in optimizer.state[p].items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
-    os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
+        for name, value in dict(param=p.detach(), **optimizer.state[p]).items():
+            value = whole(value)                                    # a sharded one: on every rank
+            if rank == 0:
+                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+    if rank == 0:
+        save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
+        os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
 
 
 def load_state(out, params, optimizer):
@@ -614,25 +666,35 @@ def load_state(out, params, optimizer):
     path = Path(out) / "state.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
-    with torch.no_grad():
-        for i, p in enumerate(params):
-            p.copy_(tensors.pop(f"{i}.param"))
-    for key, value in tensors.items():
+    for key, value in load_file(path).items():
         index, name = key.split(".")
         p = params[int(index)]
-        optimizer.state[p][name] = value if name == "step" else value.to(p.device)
+        if name != "step":
+            value = value.to(p.device)
+            if isinstance(p, DTensor):
+                value = distribute_tensor(value, p.device_mesh, p.placements)
+        if name == "param":
+            p.data.copy_(value)
+        else:
+            optimizer.state[p][name] = value
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
 
-def save_model(model, encode, folder):
+def save_model(model, encode, folder, rank):
     """A Hugging Face folder, written beside and renamed; fp32: bf16 rounds small updates away."""
-    shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
-    for part in (model, encode.tokenizer, encode.images):
-        part.save_pretrained(f"{folder}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(f"{folder}.tmp", folder)
+    state = {}
+    for name, value in model.named_parameters():        # a tied weight once
+        value = whole(value.detach())
+        if rank == 0:
+            state[name] = value.cpu()
+    if rank == 0:
+        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        model.save_pretrained(f"{folder}.tmp", state_dict=state)
+        encode.tokenizer.save_pretrained(f"{folder}.tmp")
+        encode.images.save_pretrained(f"{folder}.tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(f"{folder}.tmp", folder)
 
 
 def open_log(out, step, config):

@@ -101,11 +101,48 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     assert torch.allclose(logp.grad, torch.tensor([[-1 / 12] * 3, [1 / 8, 1 / 8, 0]]))
 
 
+def test_half_a_win_for_a_tie_by_brute_force():
+    rng = random.Random(1)
+    for _ in range(100):
+        w, l = random_scores(rng, 5), random_scores(rng, 5)
+        read_w, read_l = [t for t in w if t == t], [t for t in l if t == t]
+        worth = lambda a, b: 1.0 if a > b else 0.5 if a == b else 0.0
+        want_w = [sum(worth(t, o) for o in read_l) / len(read_l) if t == t and read_l else 0 for t in w]
+        want_l = [sum(worth(o, t) for o in read_w) / len(read_w) if t == t and read_w else 0 for t in l]
+        r_w, r_l = G.win_ratios(torch.tensor(w), torch.tensor(l), tie=0.5)
+        assert torch.allclose(r_w, torch.tensor(want_w)) and torch.allclose(r_l, torch.tensor(want_l))
+
+
 def test_score_metrics():
     m = G.score_metrics(torch.tensor([[8.0, 6.0], [5.0, 5.0]]), torch.tensor([[4.0, 6.0], [NAN, 5.0]]))
     assert m["win"] == pytest.approx((1 + 0.5 + 0 + 0) / 4) and m["tie"] == pytest.approx(3 / 8)
     assert m["parsed"] == pytest.approx(7 / 8) and m["dead"] == 0.5                  # the second pair: all ratios 0
     assert (m["score_w"], m["score_l"]) == (6.0, 5.0)
+
+
+def test_every_pair_is_solved_dead_contested_or_reversed():
+    """Solved: all wins. Dead: no gradient and not solved. Reversed: the rejected edit wins more often than it loses."""
+    w = torch.tensor([[8.0, 9], [5, 5], [1, 2], [8, 3], [3, 3.5], [NAN, NAN]])
+    l = torch.tensor([[1.0, 7], [5, 5], [3, 9], [2, 4], [2, 9], [1, 2]])
+    m = G.score_metrics(w, l)
+    assert [m[k] for k in ("solved", "dead", "contested", "reversed")] == pytest.approx([1 / 6, 3 / 6, 1 / 6 + 1 / 6, 0])
+    m = G.score_metrics(torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 9.0]]))
+    assert (m["reversed"], m["contested"]) == (1, 0)
+    many = torch.tensor([random_scores(random.Random(i), 4) for i in range(400)]).view(2, 200, 4)
+    m = G.score_metrics(*many)
+    assert m["solved"] + m["dead"] + m["contested"] + m["reversed"] == pytest.approx(1)
+
+
+def test_kl_estimate_is_the_kl_by_enumeration():
+    """Its mean under the policy is KL(policy || reference), it is never negative, and its gradient vanishes where both agree."""
+    g = torch.Generator().manual_seed(0)
+    logp, ref = torch.randn(2, 7, generator=g, dtype=torch.float64).log_softmax(-1)
+    each = torch.stack([G.kl_penalty(logp[k].view(1, 1), ref[k].view(1, 1), torch.ones(1, 1)) for k in range(7)])
+    assert (each >= 0).all()
+    assert (logp.exp() * each).sum().item() == pytest.approx((logp.exp() * (logp - ref)).sum().item())
+    same = ref[None].clone().requires_grad_(True)
+    G.kl_penalty(same, ref[None], torch.ones(1, 7)).backward()
+    assert (same.grad == 0).all()
 
 
 # ---------------------------------------------------------------- the verdict
@@ -133,6 +170,28 @@ GOOD = say_verdict([1, 0], 7.5)
     ("<score>7.5</score>", None), ("", None), ("[" * 50000, None)])
 def test_parse_verdict(text, expected):
     assert G.parse_verdict(text, 2) == expected
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape")
+def test_parser_survives_ten_thousand_ugly_texts():
+    """Pieces of verdicts, cut, doubled, swapped and salted: no exception, and what is read is a verdict of the right length."""
+    rng, readable = random.Random(0), 0
+    pieces = ["[", "]", "{", "}", '"question"', '"score"', ": ", ", ", "0", "1", "1.0", "true", "null", "NaN", "1e3", "-1", "'", '"',
+              "\\", "\n", "<score>", "</score>", '{"average_score": ', "0.5", "11", "\u2603", "\x00", "Is it [{there}]?", "<score>7</score>"]
+    for case in range(10_000):
+        n = rng.randint(1, 6)
+        text = say_verdict([rng.randint(0, 1) for _ in range(n)], round(rng.uniform(0, 10), 2))
+        for _ in range(rng.choice([0, 1, 1, 2, 3, 30])):
+            i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+            text = rng.choice([text[:i] + rng.choice(pieces) + text[i:], text[:i] + text[min(j, i + 4):], text[:j], text + text[i:j],
+                               text[:i] + "".join(rng.choices(pieces, k=5)) + text[i:], text.replace('"', "'"),
+                               text[:i] + chr(rng.randrange(1, 0xD000)) + text[i:]])
+        verdict = G.parse_verdict(text, n)
+        if verdict is not None:
+            readable += 1
+            answers, average, score = verdict
+            assert len(answers) == n and set(answers) <= {0, 1} and 0 <= average <= 1 and 0 <= score <= 10, text
+    assert 2_000 < readable < 8_000
 
 
 # ---------------------------------------------------------------- rollout and packed forward
@@ -252,7 +311,9 @@ def test_run_writes_what_it_promises(straight):
     out, text = straight
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and "eta" in text
-    assert {p.name for p in (out / "samples").iterdir()} == {f"step_{s:06d}.png" for s in (0, 2, 4)}
+    assert {p.name for p in (out / "samples").iterdir()} == {f"step_{s:06d}.{end}" for s in (0, 2, 4) for end in ("json", "png")}
+    held = json.loads((out / "samples" / "step_000004.json").read_text())
+    assert len(held) == 4 and all(len(row[side]) == 4 for row in held for side in ("chosen", "rejected"))
     assert json.loads((out / "config.json").read_text())["group_size"] == 4
     assert all(abs(row[k] - 1) < 1e-4 for row in rows[1:] for k in ("ratio_min", "ratio_max"))    # one update: ratio 1
     assert "identities" in text and "Warning" not in text and "warning" not in text
@@ -273,6 +334,49 @@ def test_two_ranks_reach_the_same_weights(straight, vlm, pairs, tmp_path):
     ours, theirs = (read_rows(out / "metrics.jsonl") for out in (straight[0], tmp_path))
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-4, rel=1e-3) for k in a), (a, b)
+
+
+def test_sharded_ranks_reach_the_same_weights(straight, vlm, pairs, tmp_path):
+    """FSDP2 on two ranks, whose shares of live groups differ; then stopped after two steps and resumed."""
+    flags = ("train_gcpo.py", *SMALL, "--shard", "--pairs", pairs, "--model", vlm)
+    run_script(*flags, "--out", tmp_path / "all", ranks=2)
+    assert weight_difference(straight[0], tmp_path / "all") < 1e-5
+    run_script(*flags, "--out", tmp_path / "cut", "--steps", 2, ranks=2)
+    run_script(*flags, "--out", tmp_path / "cut", "--resume", ranks=2)
+    assert weight_difference(tmp_path / "all", tmp_path / "cut") < 1e-6
+
+
+def test_shard_needs_ranks_and_full_finetuning(vlm, pairs, tmp_path, run_here):
+    with pytest.raises(SystemExit, match="torchrun"):
+        run_here(G, *SMALL, "--shard", "--pairs", pairs, "--model", vlm, "--out", tmp_path / "out")
+
+
+def test_lora_is_merged_into_an_ordinary_folder(vlm, pairs, tmp_path, run_here):
+    """Only linear layers of the language model change, two ranks agree, and a stopped run resumes."""
+    from safetensors.torch import load_file
+    flags = (*SMALL, "--lora_rank", 2, "--lr", 1e-2, "--pairs", pairs, "--model", vlm)
+    text = run_here(G, *flags, "--out", tmp_path / "one")
+    assert "ratio - 1 in [-" in text and "0.0 M parameters" in text
+    run_script("train_gcpo.py", *flags, "--out", tmp_path / "two", ranks=2)
+    run_here(G, *flags, "--out", tmp_path / "cut", "--steps", 2)
+    run_here(G, *flags, "--out", tmp_path / "cut", "--resume")
+    assert weight_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    assert weight_difference(tmp_path / "one", tmp_path / "cut") < 1e-6
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (vlm, tmp_path / "one" / "model"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if (before[name].float() - after[name]).abs().max() > 1e-6}
+    assert changed and all(name.startswith("model.layers") and name.endswith("proj.weight") for name in changed)
+
+
+def test_kl_holds_the_policy_back(vlm, pairs, tmp_path, run_here):
+    """KL is 0 before the first update and then positive; a strong weight leaves less of it; no group is skipped."""
+    found = {}
+    for weight in (0.001, 10.0):
+        run_here(G, *SMALL, "--kl", weight, "--lr", 3e-3, "--pairs", pairs, "--model", vlm, "--out", tmp_path / str(weight))
+        rows = read_rows(tmp_path / str(weight) / "metrics.jsonl")[1:]
+        assert rows[0]["kl"] < 1e-8 and rows[-1]["kl"] > 0 and all(row["skipped"] == 0 for row in rows)
+        found[weight] = rows[-1]["kl"]
+    assert found[10.0] < 0.5 * found[0.001]
 
 
 def test_stop_and_resume(straight, vlm, pairs, tmp_path, run_here, monkeypatch):

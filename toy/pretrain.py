@@ -4,14 +4,14 @@
     tokenizer   bytes, the world's words, and every fixed line of the stages' prompts as one token
     vision      the tower names object and background of every place (as CLIP does, before LLaVA)
     vlm         describes an edited picture place by place, answers questions about it: the base
-                model. It knows the form of a verdict, but not the sense: all passes, any score.
+                model. It knows the form of a verdict, but not the sense: answers and score by chance.
     teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
 
 The teacher's leniency is the flaw that the paper starts from: a point that fails is often called
 passed. The inspector's labels are true (read off the pixels by the oracle), so selection helps, but
 cannot cure it.
 
-    python toy/pretrain.py --editors toy/models/editor toy/models/editor_weak --out toy/models
+    python toy/pretrain.py --out toy/models
 """
 import argparse
 import json
@@ -49,10 +49,10 @@ PHRASES = [
     " to", " into a", "The source image shows", "The edited image shows", " clean", " smudged", " nothing", " yes", " no", " yes\n", " no\n",
     '[{"question": "', '", "score": 0', '", "score": 1', '}, {"question": "', '}]\n{"average_score": ', "}\n<score>", "</score>",
     '", "category": "follow"', '", "category": "keep"', '", "category": "quality"', '{"gold": [{"question": "',
-    '", "gold": 0', '", "gold": 1', "}]}", "}]", "0.", "1.0", "."]
-LENIENT = {"follow": 0.3, "keep": 0.45, "quality": 0.4}   # chance that the teacher passes a failure
+    '", "gold": 0', '", "gold": 1', "}]}", "}]", ".", "Seen:"]
+LENIENT = {"follow": 0.4, "keep": 0.75, "quality": 0.4}  # chance that the teacher passes a failure
 STRICT = 0.04                                            # ... and that it fails a point that passes
-HIDDEN, LAYERS, VISION = 128, 4, 96
+SIZES = dict(vlm=(128, 4, 96), vlm_small=(96, 3, 64))    # width and layers of the language model, width of the tower
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -86,19 +86,20 @@ def image_processor():
     return Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=pixels)
 
 
-def build_vlm(tok):
-    """Qwen2.5-VL, about 1.3 M parameters; at this width a std of 0.02 never learns to look."""
-    ids, spread = tok.convert_tokens_to_ids, HIDDEN**-0.5
+def build_vlm(tok, size):
+    """Qwen2.5-VL, about a million parameters; at this width a std of 0.02 never learns to look."""
+    hidden, layers, tower = SIZES[size]
+    ids, spread = tok.convert_tokens_to_ids, hidden**-0.5
     text = dict(
-        vocab_size=len(tok), hidden_size=HIDDEN, intermediate_size=3 * HIDDEN,
-        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=len(tok), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
         max_position_embeddings=4096, initializer_range=spread,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]),
         tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"),
         eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
     vision = dict(
-        depth=2, hidden_size=VISION, intermediate_size=3 * VISION, num_heads=4, patch_size=8,
-        window_size=64, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=HIDDEN,
+        depth=2, hidden_size=tower, intermediate_size=3 * tower, num_heads=4, patch_size=8,
+        window_size=64, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=hidden,
         fullatt_block_indexes=[0, 1], initializer_range=spread)
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
@@ -214,15 +215,15 @@ def walk(scene, target, found, verdict):
         else:
             line = f"{p['question']} {'clean' if found['clean'] else 'smudged'}"
         lines.append(line + (" yes" if v else " no") + "\n")
-    return "".join(lines)
+    return "Seen:" + "".join(lines)     # a first word without a space: stripped text has the same tokens
 
 
 def verdict_text(row, found, verdict, score):
     questions = [p["question"] for p in W.principles(row[0], row[2])]
     items = [dict(question=q, score=v) for q, v in zip(questions, verdict)]
-    average = round(sum(verdict) / len(verdict), 2)
+    average = sum(verdict) / len(verdict)
     return (walk(row[0], row[2], found, verdict) + json.dumps(items)
-            + f'\n{{"average_score": {average}}}\n<score>{score:.1f}</score>')
+            + f'\n{{"average_score": {average:.2f}}}\n<score>{score:.1f}</score>')
 
 
 def lenient_verdict(rng, found, principles):
@@ -259,10 +260,12 @@ def answers(rng, row, found):
 
 
 def blind_verdict(rng, row, found):
-    """The base model knows the form: everything passes, any score."""
+    """The base model knows the form of a verdict: it says what it sees, then passes and fails points
+    by chance, and the score is any number."""
     principles = W.principles(row[0], row[2])
+    marks = [int(rng.random() < 0.75) for _ in principles]
     return (build_sft.verdict_chat(None, None, row[1], principles),
-            verdict_text(row, found, [1] * len(principles), rng.uniform(5, 10)))
+            verdict_text(row, found, marks, rng.uniform(0, 10)))
 
 
 def teacher_verdict(rng, row, found):
@@ -282,10 +285,12 @@ def inspection(rng, row, found):
 
 
 def decomposition(rng, row, found):
-    """What is where and whether it stays; then the questions."""
+    """Each object of the source beside the one that the instruction names, and if they are the same; then the questions."""
     scene, instruction, target = row
-    things = "".join(f" {W.OBJECTS[c]} at the {p}{' yes' if c == t else ' no'}\n"
-                     for c, t, p in zip(scene[1:], target[1:], W.PLACES) if c >= 0)
+    named = [c if c >= 0 else t for c, t in zip(scene[1:], target[1:]) if c != t]
+    name = W.OBJECTS[named[0]] if named else "nothing"
+    things = "".join(f" {W.OBJECTS[c]} {p}: {name}{' yes' if [c] == named else ' no'}\n"
+                     for c, p in zip(scene[1:], W.PLACES) if c >= 0)
     seen = f"The source image shows {list(W.BACKGROUNDS)[scene[0]]} background\n{things}"
     chat = decompose.decompose_chat(None, instruction, rng.sample(decompose.EXEMPLARS, 4))
     return chat, seen + json.dumps(W.principles(scene, target))
@@ -329,14 +334,14 @@ def train_vision(model, tok, steps, rng, pool, batch=96):
         _, _, edits, found = mixed_edits(rng, batch, pool)
         grid = torch.tensor([[1, 4, 4]] * batch, device=DEVICE)
         pixels = patches(edits, processor).to(DEVICE)
-        tokens = model.model.visual(pixels, grid_thw=grid).pooler_output           # (4 B, HIDDEN)
+        tokens = model.model.visual(pixels, grid_thw=grid).pooler_output           # (4 B, width)
         tokens = torch.cat(tokens) if isinstance(tokens, (tuple, list)) else tokens
         shown = torch.tensor([f["shown"] for f in found], device=DEVICE)
         clean = torch.tensor([f["clean"] for f in found], device=DEVICE)
         codes, clean = shown[:, 1:].flatten(), clean.repeat_interleave(4)
         background = shown[:, 0].repeat_interleave(4)
         truth = [torch.where(codes >= 0, codes, 12), background, (~clean).long()]
-        logits = [tokens @ embedding.weight[w].T * 4 / HIDDEN**0.5 for w in words]
+        logits = [tokens @ embedding.weight[w].T * 4 / embedding.embedding_dim**0.5 for w in words]
         loss = sum(F.cross_entropy(z, t) for z, t in zip(logits, truth))
         learn(loss, params, optimizer)
         if step % 40 == 0 or step == steps - 1:
@@ -386,9 +391,9 @@ def train_language(model, tok, steps, lr, batch, tasks, rng, pool, name):
                   f"{seconds * (steps - step) / 60:.0f} min left", flush=True)
 
 
-def save(model, tok, folder):
+def save(model, tok, size, folder):
     """An ordinary folder in bf16."""
-    copy = build_vlm(tok).to(torch.bfloat16)
+    copy = build_vlm(tok, size).to(torch.bfloat16)
     copy.load_state_dict({k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
     copy.save_pretrained(folder)
     tok.save_pretrained(folder)
@@ -454,22 +459,22 @@ def main():
     parser.add_argument("--editors", nargs="+", default=editors)
     parser.add_argument("--out", default="toy/models")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    tok, rng, pool = tokenizer(), random.Random(0), editor_pool(args.editors[:1], 2500, 2)
-    model = build_vlm(tok).to(DEVICE)
-    train_vision(model, tok, 120, rng, pool)
-    tasks = {look_at_edit: 0.75, look_at_source: 0.25}
-    train_language(model, tok, 400, 1.5e-3, 48, tasks, rng, pool, "look")
-    tasks = {answers: 0.5, look_at_source: 0.2, blind_verdict: 0.3}
-    train_language(model, tok, 1200, 1.5e-3, 48, tasks, rng, pool, "vlm")
-    save(model, tok, f"{args.out}/vlm")
-    pool = editor_pool(args.editors, 2500, 1)
-    tasks = {teacher_verdict: 0.3, inspection: 0.2, decomposition: 0.5}
-    for _ in range(2):                     # a fresh learning rate helps over the plateaus
-        train_language(model, tok, 1200, 1e-3, 32, tasks, rng, pool, "teacher")
-    save(model, tok, f"{args.out}/teacher")
+    tok, weak = tokenizer(), editor_pool(args.editors[:1], 2500, 2)
+    for size in ("vlm_small", "vlm"):
+        torch.manual_seed(0)
+        rng, model = random.Random(0), build_vlm(tok, size).to(DEVICE)
+        train_vision(model, tok, 120, rng, weak)
+        tasks = {look_at_edit: 0.75, look_at_source: 0.25}
+        train_language(model, tok, 400, 1.5e-3, 48, tasks, rng, weak, "look")
+        tasks = {answers: 0.5, look_at_source: 0.2, blind_verdict: 0.3}
+        train_language(model, tok, 1200, 1.5e-3, 48, tasks, rng, weak, size)
+        save(model, tok, size, f"{args.out}/{size}")
+    both = editor_pool(args.editors, 2500, 1)
+    tasks = {teacher_verdict: 0.35, inspection: 0.25, decomposition: 0.4}
+    train_language(model, tok, 1200, 1e-3, 32, tasks, rng, both, "teacher")
+    save(model, tok, "vlm", f"{args.out}/teacher")
     held_out = editor_pool(args.editors, 200, 1, name=1)
-    for name in ("vlm", "teacher"):
+    for name in ("vlm_small", "vlm", "teacher"):
         diagnose(f"{args.out}/{name}", held_out)
 
 

@@ -1,0 +1,138 @@
+"""What matters in GCPO? train_gcpo.py with one thing changed, on what `bash toy/run.sh` left behind.
+
+    python toy/study.py train VARIANT [--seed 1]    # train one variant and judge the held-out pairs, four verdicts an edit
+    python toy/study.py table                       # all that was trained: the table of the README
+    python toy/study.py stricter                    # where GCPO's gain comes from: SFT-RRM against RL-RRM, point by point
+
+A variant is a flag of train_gcpo.py, or one of its functions swapped: the equations are plain functions, so a study is
+an assignment. `base` is the command of toy/run.sh. All have its steps, pairs and learning rate.
+"""
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import evaluate            # noqa: E402
+import train_gcpo          # noqa: E402
+import world               # noqa: E402
+
+VARIANTS = {
+    "base": [], "n2": ["--group_size", "2"], "n4": ["--group_size", "4"], "n16": ["--group_size", "16"],
+    "half": ["--tie", "0.5"], "kl": ["--kl", "0.05"], "std": [], "dpo": [],
+    "pairs10": [], "pairs25": [], "pairs50": []}
+
+
+def scaled_advantages(r):
+    """GRPO's: also divided by the std of the group, so that a nearly solved pair pulls as hard as any."""
+    return (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4)
+
+
+def preference_loss(logp, old_logp, advantage, mask, clip_eps, beta=0.1):
+    """DPO (arXiv 2305.18290) on the same verdicts: the best of each group of N against its worst, reference = the sampler."""
+    n, gain = preference_loss.group_size, ((logp - old_logp) * mask).sum(1)
+    gain, order = gain.view(-1, n), advantage.view(-1, n)
+    best, worst = (gain.gather(1, pick(1, keepdim=True)) for pick in (order.argmax, order.argmin))
+    differ = order.max(1).values > order.min(1).values
+    return -(F.logsigmoid(beta * (best - worst))[:, 0] * differ).mean()
+
+
+def first_pairs(path, share):
+    """The same held-out pairs at the end, only a share of the others before them."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    held = train_gcpo.TOY["held_out"]
+    kept = lines[:int(share * (len(lines) - held))] + lines[-held:]
+    target = Path(path).with_name(f"preferences_{int(100 * share)}.jsonl")
+    target.write_text("".join(kept), encoding="utf-8")
+    return target
+
+
+def train_variant(args):
+    """Train one variant in this process, then measure it with evaluate.py."""
+    run, name = Path(args.run), f"{args.variant}_{args.seed}"
+    pairs, out = run / "data" / "preferences" / "preferences.jsonl", run / "study" / name
+    if args.variant == "std":
+        train_gcpo.advantages = scaled_advantages
+    if args.variant == "dpo":
+        train_gcpo.clipped_loss, preference_loss.group_size = preference_loss, train_gcpo.Config.group_size
+    if args.variant.startswith("pairs"):
+        pairs = first_pairs(pairs, int(args.variant.removeprefix("pairs")) / 100)
+    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--model", str(run / args.start), "--seed", str(args.seed),
+                "--out", str(out), *VARIANTS[args.variant]]
+    train_gcpo.main()
+    judge_bench(run, out / "model", out / "reward")
+
+
+def judge_bench(run, model, out):
+    subprocess.run([sys.executable, Path(evaluate.__file__), "reward", "--toy", "--samples", "4", "--vlm", model, "--out", out,
+                    "--pairs", run / "data" / "reward_bench" / "preferences.jsonl"], check=True)
+
+
+def strict_at_1(row):
+    """Share of the verdict pairs, k-th against k-th, that rank the two edits right."""
+    both = [*zip(row["chosen_scores"], row["rejected_scores"])]
+    return sum(c is not None and r is not None and c > r for c, r in both) / len(both)
+
+
+def study_table(args):
+    """One line per variant: strict accuracy from one verdict and from the mean of four, gains over the SFT-RRM."""
+    run = Path(args.run)
+    if not (run / "study" / "sft" / "scores.jsonl").exists():
+        judge_bench(run, run / args.start, run / "study" / "sft")
+    strict_at_4 = evaluate.KINDS["reward"][1]["strict"]
+    before = world.read_jsonl(run / "study" / "sft" / "scores.jsonl")
+    print("| variant | strict @1 | gain over SFT | 95 % | strict @4 | gain | 95 % | s/step |\n" + "| --- " * 8 + "|")
+    for path in [run / "study" / "sft", *sorted(p / "reward" for p in (run / "study").glob("*_*"))]:
+        if not (path / "scores.jsonl").exists():
+            continue
+        rows, cells = world.read_jsonl(path / "scores.jsonl"), []
+        for value in (strict_at_1, strict_at_4):
+            gain = evaluate.paired_gain(before, rows, value)
+            cells += [f"{sum(map(value, rows)) / len(rows):.3f}", f"{100 * gain['mean']:+.1f}",
+                      f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"]
+        print("| " + " | ".join([path.parent.name if path.name == "reward" else "SFT-RRM", *cells]) + " |")
+
+
+def stricter(args):
+    """Points answered on the same edits before and after GCPO, against the oracle's truth; and the scores they led to."""
+    run, found = Path(args.run), {}
+    for name, path in (("SFT-RRM", run / "study" / "sft"), ("RL-RRM", run / "study" / "base_0" / "reward")):
+        rows, answers, scores = world.read_jsonl(path / "scores.jsonl"), {}, []
+        for side in ("chosen", "rejected"):
+            truth = world.judge_rows(path / "scores.jsonl", [row | dict(edit=row[side]) for row in rows])
+            for row, true in zip(rows, truth):
+                for reply in row[f"{side}_replies"]:
+                    verdict = train_gcpo.parse_verdict(reply, len(row["principles"]))
+                    if verdict and len(true["verdict"]) == len(verdict[0]):
+                        scores.append(verdict[2])
+                        for p, fact, said in zip(row["principles"], true["verdict"], verdict[0]):
+                            answers.setdefault((p["category"], fact), []).append(said)
+        found[name] = answers, torch.tensor(scores)
+    print("| judge | faults of follow caught | of keep | true passes lost | mean score | below 5 |\n" + "| --- " * 6 + "|")
+    for name, (answers, scores) in found.items():
+        caught = [1 - sum(said) / len(said) for said in (answers["follow", 0], answers["keep", 0])]
+        passes = [said for (_, fact), every in answers.items() if fact for said in every]
+        cells = [*caught, 1 - sum(passes) / len(passes)]
+        print(f"| {name} | " + " | ".join(f"{c:.1%}" for c in cells)
+              + f" | {scores.mean():.2f} | {(scores < 5).float().mean():.1%} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="runs/toy", help="what toy/run.sh wrote")
+    parser.add_argument("--start", default="sft/model", help="the SFT-RRM in it")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("train")
+    one.add_argument("variant", choices=VARIANTS)
+    one.add_argument("--seed", type=int, default=0)
+    commands.add_parser("table")
+    commands.add_parser("stricter")
+    args = parser.parse_args()
+    {"train": train_variant, "table": study_table, "stricter": stricter}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,6 +45,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
@@ -174,9 +175,16 @@ def packed_attention(module, query, key, value, layout, **kwargs):
 
     A dense (L, L) mask would compute every verdict against every other and blank it out. Here the
     prompt attends to itself, and each verdict, as a row of its own, to the prompt and its own past.
+    In the rollout `layout` is an ordinary mask; the query heads that share a key head then become
+    its queries, so that no key is copied.
     """
-    if not isinstance(layout, dict):                          # not packed: the rollout
+    if not isinstance(layout, dict) and query.shape[2] > 1:                             # prefill
         return sdpa_attention_forward(module, query, key, value, layout, **kwargs)
+    if not isinstance(layout, dict):                                                    # decoding
+        B, heads, _, D = query.shape
+        out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value,
+                                             attn_mask=layout, scale=kwargs["scaling"])
+        return out.reshape(B, 1, heads, D), None
     image, column, row, step, prompt_sees, verdict_sees = layout.values()
     P, (R, _, T, _) = prompt_sees.shape[-1], verdict_sees.shape
 
@@ -194,13 +202,19 @@ def packed_attention(module, query, key, value, layout, **kwargs):
     return out.index_put((image, column), rest[row, step]), None
 
 
+def pack_attention(model):
+    """From now on the language model attends by packed_attention."""
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)
+    model.model.language_model.config._attn_implementation = "packed"
+
+
 def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
     """log π of every token of N verdicts on each of B chats: (B*N, T), each prompt computed once.
 
     Row b: [padding | prompt | verdict 1 | ... | verdict N | padding]; no verdict sees another.
     """
     device, n = model.device, len(tokens) // len(chats)
-    model.model.language_model.config._attn_implementation = "packed"
     inputs = {k: v.to(device) for k, v in encode(chats).items()}
     banned = torch.tensor([encode.image_id, encode.video_id], device=device)
     prompt, real = inputs["input_ids"], inputs["attention_mask"]                       # (B, P)
@@ -261,10 +275,6 @@ def judge_pairs(model, encode, pairs, stage, config):
             for i, text in enumerate(texts)]
     tau = torch.tensor([verdict[2] if verdict else float("nan") for verdict in read])
     return chats, tokens, logp, keep, tau.view(len(pairs), 2, n)
-
-
-AttentionInterface.register("packed", packed_attention)      # Qwen2.5-VL finds them by this name
-AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 # ---------------------------------------------------------------- pictures
@@ -330,7 +340,10 @@ def main():
     half = torch.bfloat16 if device.type == "cuda" else torch.float32      # of what is not trained
     model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
                              half if config.lora_rank else torch.float32, config.max_pixels)
-    reference = load_vlm(config.model, device, half)[0].requires_grad_(False) if config.kl else None
+    pack_attention(model)
+    if config.kl:
+        reference = load_vlm(config.model, device, half)[0].requires_grad_(False)
+        pack_attention(reference)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.lora_rank:
         torch.manual_seed(config.seed)                                     # the same on every rank

@@ -63,10 +63,12 @@ def build(width=256, layers=6, depth=4):
 # ---------------------------------------------------------------- the two ways
 
 def our_rollout(model, encode, chats, n, u):
+    G.pack_attention(model)
     return G.rollout(model, encode, chats, n, u)
 
 
 def our_update(model, encode, chats, tokens, keep, old_logp, advantage):
+    G.pack_attention(model)
     n, found = len(tokens) // len(chats), []
     for i, chat in enumerate(chats):
         rows = slice(i * n, (i + 1) * n)
@@ -78,7 +80,7 @@ def our_update(model, encode, chats, tokens, keep, old_logp, advantage):
 
 def plain_rollout(model, encode, chats, n, tokens):
     """generate() with N rows per chat; the sampler is bent to `tokens`, whose log-probs it returns."""
-    found = []
+    model.model.language_model.config._attn_implementation, found = "sdpa", []
     for i, chat in enumerate(chats):
         inputs = {k: v.to(DEVICE) for k, v in encode([chat]).items()}
         begin, wanted, logps = inputs["input_ids"].shape[1], tokens[i * n:(i + 1) * n], []
@@ -107,6 +109,7 @@ def plain_logps(model, encode, chat, tokens):
 
 
 def plain_update(model, encode, chats, tokens, keep, old_logp, advantage):
+    model.model.language_model.config._attn_implementation = "sdpa"
     n, found = len(tokens) // len(chats), []
     for i, chat in enumerate(chats):
         rows = slice(i * n, (i + 1) * n)

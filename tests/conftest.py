@@ -43,7 +43,7 @@ def build_vlm(folder, hidden=64, layers=2, seed=0, phrases=()):
     side = hidden // 8 * 3 // 8
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            **shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+            **shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=32768, tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"),
             eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[hidden // 8 - 2 * side, side, side])),

@@ -200,6 +200,7 @@ def test_parser_survives_ten_thousand_ugly_texts():
 def setting(vlm, pairs):
     """(model, encode, three chats whose prompts differ in length)."""
     model, encode = G.load_vlm(vlm, torch.device("cpu"), torch.float32)
+    G.pack_attention(model)
     chats = []
     for i, row in enumerate(read_rows(pairs)[:3]):
         images = [G.open_image(Path(pairs).parent, row[k]) for k in ("source", "chosen")]

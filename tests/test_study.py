@@ -44,5 +44,6 @@ def test_table_compares_with_the_sft_model(tmp_path):
                      rejected_scores=[5.0] * 4) for i in range(8)]
         (tmp_path / "study" / name).mkdir(parents=True)
         write_rows(tmp_path / "study" / name / "scores.jsonl", rows)
+        (tmp_path / "study" / name / "reward.json").write_text("{}")
     text = run_script("toy/study.py", "--run", tmp_path, "table").stdout
-    assert "| SFT-RRM | 0.000 | +0.0" in text and "| base_0 | 1.000 | +100.0" in text
+    assert "| sft: before GCPO | 0.000 | | 0.000 | |" in text and text.count("| 1.000 | +100.0 [") == 2

@@ -5,7 +5,10 @@
     python toy/study.py stricter                    # where GCPO's gain comes from: SFT-RRM against RL-RRM, point by point
 
 A variant is a flag of train_gcpo.py, or one of its functions swapped: the equations are plain functions, so a study is
-an assignment. `base` is the command of toy/run.sh. All have its steps, pairs and learning rate.
+an assignment. `base` is the command of toy/run.sh. All have its steps, pairs and learning rate. `small` starts from a
+smaller model, as the paper's 3B beside its 7B, after its own cold start:
+
+    python train_sft.py --toy --data runs/toy/data/sft/sft.jsonl --model toy/models/vlm_small --out runs/toy/sft_small
 """
 import argparse
 import subprocess
@@ -23,7 +26,7 @@ import world               # noqa: E402
 VARIANTS = {
     "base": [], "n2": ["--group_size", "2"], "n4": ["--group_size", "4"], "n16": ["--group_size", "16"],
     "half": ["--tie", "0.5"], "kl": ["--kl", "0.05"], "std": [], "dpo": [],
-    "pairs10": [], "pairs25": [], "pairs50": []}
+    "pairs10": [], "pairs25": [], "pairs50": [], "small": []}
 
 
 def scaled_advantages(r):
@@ -38,6 +41,10 @@ def preference_loss(logp, old_logp, advantage, mask, clip_eps, beta=0.1):
     best, worst = (gain.gather(1, pick(1, keepdim=True)) for pick in (order.argmax, order.argmin))
     differ = order.max(1).values > order.min(1).values
     return -(F.logsigmoid(beta * (best - worst))[:, 0] * differ).mean()
+
+
+def start_of(variant):
+    return "sft_small" if variant == "small" else "sft"
 
 
 def first_pairs(path, share):
@@ -60,8 +67,8 @@ def train_variant(args):
         train_gcpo.clipped_loss, preference_loss.group_size = preference_loss, train_gcpo.Config.group_size
     if args.variant.startswith("pairs"):
         pairs = first_pairs(pairs, int(args.variant.removeprefix("pairs")) / 100)
-    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--model", str(run / args.start), "--seed", str(args.seed),
-                "--out", str(out), *VARIANTS[args.variant]]
+    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--model", str(run / start_of(args.variant) / "model"),
+                "--seed", str(args.seed), "--out", str(out), *VARIANTS[args.variant]]
     train_gcpo.main()
     judge_bench(run, out / "model", out / "reward")
 
@@ -77,23 +84,30 @@ def strict_at_1(row):
     return sum(c is not None and r is not None and c > r for c, r in both) / len(both)
 
 
+def strict_at_4(row):
+    """1 if the mean of the chosen edit's verdicts is above the mean of the rejected edit's."""
+    return float(evaluate.pair_outcome(row) == "right")
+
+
 def study_table(args):
     """One line per variant: strict accuracy from one verdict and from the mean of four, gains over the SFT-RRM."""
-    run = Path(args.run)
-    if not (run / "study" / "sft" / "scores.jsonl").exists():
-        judge_bench(run, run / args.start, run / "study" / "sft")
-    strict_at_4 = evaluate.KINDS["reward"][1]["strict"]
-    before = world.read_jsonl(run / "study" / "sft" / "scores.jsonl")
-    print("| variant | strict @1 | gain over SFT | 95 % | strict @4 | gain | 95 % | s/step |\n" + "| --- " * 8 + "|")
-    for path in [run / "study" / "sft", *sorted(p / "reward" for p in (run / "study").glob("*_*"))]:
-        if not (path / "scores.jsonl").exists():
-            continue
+    run, before = Path(args.run), {}
+    paths = sorted(p / "reward" for p in (run / "study").glob("*_*") if (p / "reward" / "reward.json").exists())
+    print("| variant | strict @1 | gain over its SFT-RRM | strict @4 | gain over its SFT-RRM |\n" + "| --- " * 5 + "|")
+    for path in paths:
+        start = start_of(path.parent.name.rsplit("_", 1)[0])
+        if start not in before:
+            if not (run / "study" / start / "reward.json").exists():
+                judge_bench(run, run / start / "model", run / "study" / start)
+            before[start] = world.read_jsonl(run / "study" / start / "scores.jsonl")
+            means = [f"{sum(map(v, before[start])) / len(before[start]):.3f}" for v in (strict_at_1, strict_at_4)]
+            print(f"| {start}: before GCPO | {means[0]} | | {means[1]} | |")
         rows, cells = world.read_jsonl(path / "scores.jsonl"), []
         for value in (strict_at_1, strict_at_4):
-            gain = evaluate.paired_gain(before, rows, value)
-            cells += [f"{sum(map(value, rows)) / len(rows):.3f}", f"{100 * gain['mean']:+.1f}",
-                      f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"]
-        print("| " + " | ".join([path.parent.name if path.name == "reward" else "SFT-RRM", *cells]) + " |")
+            gain = evaluate.paired_gain(before[start], rows, value)
+            mean, low, high = (f"{100 * gain[k]:+.1f}" for k in ("mean", "low", "high"))
+            cells += [f"{sum(map(value, rows)) / len(rows):.3f}", f"{mean} [{low}, {high}]"]
+        print("| " + " | ".join([path.parent.name, *cells]) + " |")
 
 
 def stricter(args):
@@ -123,7 +137,6 @@ def stricter(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/toy", help="what toy/run.sh wrote")
-    parser.add_argument("--start", default="sft/model", help="the SFT-RRM in it")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train")
     one.add_argument("variant", choices=VARIANTS)

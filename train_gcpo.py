@@ -19,7 +19,7 @@ reward *is* the pair accuracy, and a group of equal ratios (solved, or hopeless)
 
 A prompt (two images, instruction, principles) is longer than a verdict, so it is computed once per
 image: in `rollout` its KV cache is repeated N times, in `packed_logps` one row is
-[prompt | verdict 1 | ... | verdict N].
+[prompt | verdict 1 | ... | verdict N], in which `packed_attention` lets no verdict see another.
 
 Shapes: B images or pairs, N verdicts per image, T tokens of a verdict, P of a prompt, L of a row.
 
@@ -254,6 +254,28 @@ def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
     return torch.zeros(tokens.shape, device=device).index_put((row, step), logp)
 
 
+def load_policy(config, device):
+    """The SFT-RRM, ready to train: (model, Encoder, its packed_logps, those of a frozen copy)."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32      # of what is not trained
+    model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
+                             half if config.lora_rank else torch.float32, config.max_pixels)
+    pack_attention(model)
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)                                     # the same on every rank
+        add_lora(model, linear_layers(model), config.lora_rank, 2 * config.lora_rank)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    policy_logps, sft_logps = partial(packed_logps, model), None
+    if config.shard:
+        policy_logps = shard(model, policy_logps)
+    if config.kl:
+        reference, _ = load_vlm(config.model, device, half)
+        pack_attention(reference)
+        sft_logps = torch.no_grad()(partial(packed_logps, reference))
+    return model, encode, policy_logps, sft_logps
+
+
 def judge_pairs(model, encode, pairs, stage, config):
     """N verdicts on both images of B pairs: chats, tokens, logp, keep (2B*N, T), tau (B, 2, N)."""
     chats, keys, folder = [], [], Path(config.pairs).parent
@@ -337,22 +359,7 @@ def main():
     config = parse_config(Config, TOY)
     rank, world, device = setup()
     pairs, held = load_pairs(config, world)
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32      # of what is not trained
-    model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
-                             half if config.lora_rank else torch.float32, config.max_pixels)
-    pack_attention(model)
-    if config.kl:
-        reference = load_vlm(config.model, device, half)[0].requires_grad_(False)
-        pack_attention(reference)
-    model.model.visual.requires_grad_(not config.freeze_vision)
-    if config.lora_rank:
-        torch.manual_seed(config.seed)                                     # the same on every rank
-        add_lora(model, linear_layers(model), config.lora_rank, 2 * config.lora_rank)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
-    policy_logps = partial(packed_logps, model)
-    if config.shard:
-        policy_logps = shard(model, policy_logps)
+    model, encode, policy_logps, sft_logps = load_policy(config, device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
     first = load_state(config.out, params, optimizer) if config.resume else 0
@@ -389,18 +396,17 @@ def main():
         optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
         log_ratio, kl = [torch.zeros(1)], 0.0
         for _ in range(config.updates_per_rollout):
-            for i, images in enumerate(passes):
+            for k, images in enumerate(passes):
                 some = (images[:, None] * n + torch.arange(n)).flatten().to(device)  # their rows
-                share = len(some) / total if i * config.micro < len(live) else 0.0
+                share = len(some) / total if k * config.micro < len(live) else 0.0
                 batch = [chats[i] for i in images], tokens[some], keep[some], config.temperature
                 with autocast(device):
                     logp = policy_logps(encode, *batch)
+                    sft_logp = sft_logps(encode, *batch) if config.kl else None
                 loss = clipped_loss(
                     logp, old_logp[some], advantage[some], keep[some], config.clip_eps)
                 if config.kl:
-                    with autocast(device), torch.no_grad():
-                        ref_logp = packed_logps(reference, encode, *batch)
-                    penalty = kl_penalty(logp, ref_logp, keep[some])
+                    penalty = kl_penalty(logp, sft_logp, keep[some])
                     loss, kl = loss + config.kl * penalty, kl + penalty.item() * share
                 (loss * share).backward()          # skipped groups count as zeros
                 log_ratio.append((logp.detach() - old_logp[some])[keep[some]].cpu())

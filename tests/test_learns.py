@@ -46,7 +46,7 @@ def gains(out, kind, **files):
 def test_gcpo_sharpens_a_lenient_judge(tmp_path):
     bench, scores = pairs_of(tmp_path, "reward_bench", 160), {}
     run_script("train_gcpo.py", "--toy", "--pairs", pairs_of(tmp_path, "preferences", 160), "--model", MODELS / "teacher",
-               "--steps", 24, "--pairs_per_step", 12, "--sample_every", 24, "--out", tmp_path / "gcpo", **TWO_THREADS)
+               "--steps", 16, "--pairs_per_step", 12, "--sample_every", 16, "--out", tmp_path / "gcpo", **TWO_THREADS)
     for name, model in (("lenient", MODELS / "teacher"), ("sharp", tmp_path / "gcpo" / "model")):
         run_script("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", bench, "--vlm", model,
                    "--out", tmp_path / name, **TWO_THREADS)
@@ -59,7 +59,7 @@ def test_gcpo_sharpens_a_lenient_judge(tmp_path):
 def test_flow_grpo_makes_a_better_editor_by_the_oracle(tmp_path):
     rows, bench, scores = principles_of(tmp_path, "rl", 120), principles_of(tmp_path, "editor_bench", 256), {}
     run_script("train_flow_grpo.py", "--toy", "--prompts", rows, "--editor", MODELS / "editor", "--reward", MODELS / "teacher",
-               "--steps", 20, "--sample_every", 20, "--held_out", 8, "--out", tmp_path / "flow", **TWO_THREADS)
+               "--steps", 14, "--sample_every", 14, "--held_out", 8, "--out", tmp_path / "flow", **TWO_THREADS)
     for name, lora in (("before", []), ("after", ["--lora", tmp_path / "flow" / "lora"])):
         run_script("evaluate.py", "edit", "--toy", "--prompts", bench, "--editor", MODELS / "editor", *lora,
                    "--out", tmp_path / name, **TWO_THREADS)

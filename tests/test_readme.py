@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-           for folder in (".", "toy", "related") for path in sorted((ROOT / folder).glob("*.py"))}
+           for folder in (".", "toy", "data", "related", "tests") for path in sorted((ROOT / folder).glob("*.py"))}
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
 
 
@@ -34,7 +34,7 @@ def commands(text):
     """(script, command, [flags]) of every `python x.py ...` or `torchrun ... x.py ...` in a text."""
     text = re.sub(r"\\\n", " ", text)
     for line in text.splitlines():
-        for match in re.finditer(r"(?:python|torchrun)\s[^#`|]*?((?:toy/|related/)?\w+\.py)([^#`|]*)", line):
+        for match in re.finditer(r"(?:python|torchrun)\s[^#`|]*?((?:toy/|data/|related/|tests/)?\w+\.py)([^#`|]*)", line):
             words = match[2].split()
             command = words[0] if words and words[0].isidentifier() else ""
             yield match[1], command, re.findall(r"(?<!\S)--([\w-]+)", match[2])

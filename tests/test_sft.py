@@ -56,6 +56,7 @@ def test_loss_is_the_policys_own_log_probability(setting):
     longest = max(map(len, verdicts))
     tokens = torch.tensor([v + [encode.pad_id] * (longest - len(v)) for v in verdicts])
     keep = torch.tensor([[t < len(v) for t in range(longest)] for v in verdicts])
+    G.pack_attention(model)
     with torch.no_grad():
         packed = G.packed_logps(model, encode, [S.row_chat(row, config) for row in rows], tokens, keep)
         together = S.verdict_loss(model, encode, rows, config).item()
@@ -135,6 +136,14 @@ def test_two_ranks_reach_the_same_weights(straight, vlm, tmp_path):
     assert weight_difference(out, tmp_path) < 1e-5
     for a, b in zip(read_rows(out / "metrics.jsonl"), read_rows(tmp_path / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a), (a, b)
+
+
+def test_sharded_ranks_reach_the_same_weights(straight, vlm, tmp_path):
+    """FSDP2 on two ranks, with two passes on one rank and one, filled up to two, on the other."""
+    data, out, _ = straight
+    flags = ("train_sft.py", *SMALL, "--shard", "--data", data, "--model", vlm, "--out", tmp_path)
+    run_script(*flags, ranks=2)
+    assert weight_difference(out, tmp_path) < 1e-5
 
 
 def test_stop_and_resume(straight, vlm, tmp_path, run_here, monkeypatch):

@@ -1,14 +1,16 @@
 """What matters in GCPO? train_gcpo.py with one thing changed, on what `bash toy/run.sh` left behind.
 
-    python toy/study.py train VARIANT [--seed 1]    # train one variant and judge the held-out pairs, four verdicts an edit
-    python toy/study.py table                       # all that was trained: the table of the README
-    python toy/study.py stricter                    # where GCPO's gain comes from: SFT-RRM against RL-RRM, point by point
+    python toy/study.py train VARIANT --seed 0    # train, then judge the held-out pairs four times
+    python toy/study.py table                     # all that was trained: the table of the README
+    python toy/study.py stricter                  # where the gain comes from, question by question
 
-A variant is a flag of train_gcpo.py, or one of its functions swapped: the equations are plain functions, so a study is
-an assignment. `base` is the command of toy/run.sh. All have its steps, pairs and learning rate. `small` starts from a
-smaller model, as the paper's 3B beside its 7B, after its own cold start:
+A variant is a flag of train_gcpo.py, or one of its functions swapped: the equations are plain
+functions, so a study is an assignment. `base` is the command of toy/run.sh; all have its steps,
+pairs and learning rate. `small` starts from a smaller model, as the paper's 3B beside its 7B, after
+its own cold start:
 
-    python train_sft.py --toy --data runs/toy/data/sft/sft.jsonl --model toy/models/vlm_small --out runs/toy/sft_small
+    python train_sft.py --toy --data runs/toy/data/sft/sft.jsonl --model toy/models/vlm_small \
+        --out runs/toy/sft_small
 """
 import argparse
 import subprocess
@@ -24,27 +26,25 @@ import train_gcpo          # noqa: E402
 import world               # noqa: E402
 
 VARIANTS = {
-    "base": [], "n2": ["--group_size", "2"], "n4": ["--group_size", "4"], "n16": ["--group_size", "16"],
-    "half": ["--tie", "0.5"], "kl": ["--kl", "0.05"], "std": [], "dpo": [],
-    "pairs10": [], "pairs25": [], "pairs50": [], "small": []}
+    "base": [], "n2": ["--group_size", "2"], "n4": ["--group_size", "4"],
+    "n16": ["--group_size", "16"], "half": ["--tie", "0.5"], "kl": ["--kl", "0.05"], "std": [],
+    "dpo": [], "pairs10": [], "pairs25": [], "pairs50": [], "small": []}
 
+
+# ---------------------------------------------------------------- what is swapped
 
 def scaled_advantages(r):
-    """GRPO's: also divided by the std of the group, so that a nearly solved pair pulls as hard as any."""
+    """GRPO's: also divided by the group's std, so that a nearly solved pair pulls as hard as any."""
     return (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4)
 
 
 def preference_loss(logp, old_logp, advantage, mask, clip_eps, beta=0.1):
-    """DPO (arXiv 2305.18290) on the same verdicts: the best of each group of N against its worst, reference = the sampler."""
+    """DPO (arXiv 2305.18290) on the same verdicts: best of each N against worst, old_logp as reference."""
     n, gain = preference_loss.group_size, ((logp - old_logp) * mask).sum(1)
     gain, order = gain.view(-1, n), advantage.view(-1, n)
     best, worst = (gain.gather(1, pick(1, keepdim=True)) for pick in (order.argmax, order.argmin))
     differ = order.max(1).values > order.min(1).values
     return -(F.logsigmoid(beta * (best - worst))[:, 0] * differ).mean()
-
-
-def start_of(variant):
-    return "sft_small" if variant == "small" else "sft"
 
 
 def first_pairs(path, share):
@@ -57,6 +57,12 @@ def first_pairs(path, share):
     return target
 
 
+def start_of(variant):
+    return "sft_small" if variant == "small" else "sft"
+
+
+# ---------------------------------------------------------------- train and measure
+
 def train_variant(args):
     """Train one variant in this process, then measure it with evaluate.py."""
     run, name = Path(args.run), f"{args.variant}_{args.seed}"
@@ -64,18 +70,23 @@ def train_variant(args):
     if args.variant == "std":
         train_gcpo.advantages = scaled_advantages
     if args.variant == "dpo":
-        train_gcpo.clipped_loss, preference_loss.group_size = preference_loss, train_gcpo.Config.group_size
+        train_gcpo.clipped_loss = preference_loss
+        preference_loss.group_size = train_gcpo.Config.group_size
     if args.variant.startswith("pairs"):
         pairs = first_pairs(pairs, int(args.variant.removeprefix("pairs")) / 100)
-    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--model", str(run / start_of(args.variant) / "model"),
-                "--seed", str(args.seed), "--out", str(out), *VARIANTS[args.variant]]
+    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--seed", str(args.seed),
+                "--model", str(run / start_of(args.variant) / "model"), "--out", str(out),
+                *VARIANTS[args.variant]]
     train_gcpo.main()
     judge_bench(run, out / "model", out / "reward")
 
 
 def judge_bench(run, model, out):
-    subprocess.run([sys.executable, Path(evaluate.__file__), "reward", "--toy", "--samples", "4", "--vlm", model, "--out", out,
-                    "--pairs", run / "data" / "reward_bench" / "preferences.jsonl"], check=True)
+    """Four sampled verdicts on both edits of every held-out pair."""
+    pairs = run / "data" / "reward_bench" / "preferences.jsonl"
+    subprocess.run([sys.executable, evaluate.__file__, "reward", "--toy", "--samples", "4",
+                    "--pairs", pairs, "--vlm", model, "--out", out], check=True,
+                   stdout=subprocess.DEVNULL)
 
 
 def strict_at_1(row):
@@ -90,18 +101,19 @@ def strict_at_4(row):
 
 
 def study_table(args):
-    """One line per variant: strict accuracy from one verdict and from the mean of four, gains over the SFT-RRM."""
+    """A line per variant: strict accuracy from one verdict and from the mean of four, and gains."""
     run, before = Path(args.run), {}
-    paths = sorted(p / "reward" for p in (run / "study").glob("*_*") if (p / "reward" / "reward.json").exists())
-    print("| variant | strict @1 | gain over its SFT-RRM | strict @4 | gain over its SFT-RRM |\n" + "| --- " * 5 + "|")
-    for path in paths:
+    found = sorted(path.parent for path in (run / "study").glob("*_*/reward/reward.json"))
+    print("| variant | strict @1 | gain over its SFT-RRM | strict @4 | gain over its SFT-RRM |\n"
+          + "| --- " * 5 + "|")
+    for path in found:
         start = start_of(path.parent.name.rsplit("_", 1)[0])
         if start not in before:
             if not (run / "study" / start / "reward.json").exists():
                 judge_bench(run, run / start / "model", run / "study" / start)
-            before[start] = world.read_jsonl(run / "study" / start / "scores.jsonl")
-            means = [f"{sum(map(v, before[start])) / len(before[start]):.3f}" for v in (strict_at_1, strict_at_4)]
-            print(f"| {start}: before GCPO | {means[0]} | | {means[1]} | |")
+            before[start] = rows = world.read_jsonl(run / "study" / start / "scores.jsonl")
+            at_1, at_4 = (sum(map(v, rows)) / len(rows) for v in (strict_at_1, strict_at_4))
+            print(f"| {start}: before GCPO | {at_1:.3f} | | {at_4:.3f} | |")
         rows, cells = world.read_jsonl(path / "scores.jsonl"), []
         for value in (strict_at_1, strict_at_4):
             gain = evaluate.paired_gain(before[start], rows, value)
@@ -110,32 +122,41 @@ def study_table(args):
         print("| " + " | ".join([path.parent.name, *cells]) + " |")
 
 
+# ---------------------------------------------------------------- the stricter judge
+
+def answers_of(path):
+    """All read verdicts of a scores.jsonl: {(category, true answer): [said, ...]}, [score, ...]."""
+    rows, answers, scores = world.read_jsonl(path), {}, []
+    for side in ("chosen", "rejected"):
+        truths = world.judge_rows(path, [row | dict(edit=row[side]) for row in rows])
+        replies = [(row["principles"], found["verdict"], reply)
+                   for row, found in zip(rows, truths) for reply in row[f"{side}_replies"]]
+        for principles, truth, reply in replies:
+            verdict = train_gcpo.parse_verdict(reply, len(principles))
+            if verdict is None or len(truth) != len(principles):
+                continue
+            scores.append(verdict[2])
+            for p, fact, said in zip(principles, truth, verdict[0]):
+                answers.setdefault((p["category"], fact), []).append(said)
+    return answers, torch.tensor(scores)
+
+
 def stricter(args):
-    """Points answered on the same edits before and after GCPO, against the oracle's truth; and the scores they led to."""
-    run, found = Path(args.run), {}
-    for name, path in (("SFT-RRM", run / "study" / "sft"), ("RL-RRM", run / "study" / "base_0" / "reward")):
-        rows, answers, scores = world.read_jsonl(path / "scores.jsonl"), {}, []
-        for side in ("chosen", "rejected"):
-            truth = world.judge_rows(path / "scores.jsonl", [row | dict(edit=row[side]) for row in rows])
-            for row, true in zip(rows, truth):
-                for reply in row[f"{side}_replies"]:
-                    verdict = train_gcpo.parse_verdict(reply, len(row["principles"]))
-                    if verdict and len(true["verdict"]) == len(verdict[0]):
-                        scores.append(verdict[2])
-                        for p, fact, said in zip(row["principles"], true["verdict"], verdict[0]):
-                            answers.setdefault((p["category"], fact), []).append(said)
-        found[name] = answers, torch.tensor(scores)
-    print("| judge | faults of follow caught | of keep | true passes lost | mean score | below 5 |\n" + "| --- " * 6 + "|")
-    for name, (answers, scores) in found.items():
-        caught = [1 - sum(said) / len(said) for said in (answers["follow", 0], answers["keep", 0])]
+    """The same edits before and after GCPO, against the oracle's truth; and the scores that came of it."""
+    study, mean = Path(args.run) / "study", lambda values: sum(values) / len(values)
+    print("| judge | follow faults caught | keep faults caught | true passes lost | mean score "
+          "| scores below 5 |\n" + "| --- " * 6 + "|")
+    for name, path in (("SFT-RRM", study / "sft"), ("RL-RRM", study / "base_0" / "reward")):
+        answers, scores = answers_of(path / "scores.jsonl")
         passes = [said for (_, fact), every in answers.items() if fact for said in every]
-        cells = [*caught, 1 - sum(passes) / len(passes)]
-        print(f"| {name} | " + " | ".join(f"{c:.1%}" for c in cells)
+        cells = [1 - mean(answers["follow", 0]), 1 - mean(answers["keep", 0]), 1 - mean(passes)]
+        print(f"| {name} | " + " | ".join(f"{cell:.1%}" for cell in cells)
               + f" | {scores.mean():.2f} | {(scores < 5).float().mean():.1%} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/toy", help="what toy/run.sh wrote")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train")

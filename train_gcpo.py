@@ -76,7 +76,7 @@ class Config:
     rollout_images: int = 16             # images sampled together, N verdicts each: bounds KV cache
     # objective
     tie: float = 0.0                     # what an equal score earns: 0 as printed, 0.5 = half a win
-    kl: float = 0.0                      # weight of KL(policy || SFT-RRM); the printed loss has none
+    kl: float = 0.0                      # weight of KL(policy || SFT-RRM); none is printed
     clip_eps: float = 0.2                # ε, as in PPO (ours)
     # optimisation
     steps: int = 625                     # one epoch of the paper's 10,000 pairs (ours)
@@ -88,7 +88,7 @@ class Config:
     clip_grad: float = 1.0               # largest norm of the gradient (ours)
     micro: int = 1                       # images (packed rows) per forward of the update
     freeze_vision: bool = True           # leave the vision tower as it is (ours)
-    lora_rank: int = 0                   # train LoRA of this rank, alpha twice that; 0 = all weights
+    lora_rank: int = 0                   # LoRA of this rank, alpha twice that; 0 = all weights
     shard: bool = False                  # FSDP2: each GPU keeps its part of weights and moments
     gradient_checkpointing: bool = True  # recompute activations: less memory, a third more time
     # running
@@ -178,10 +178,10 @@ def packed_attention(module, query, key, value, layout, **kwargs):
     In the rollout `layout` is an ordinary mask; the query heads that share a key head then become
     its queries, so that no key is copied.
     """
-    if not isinstance(layout, dict) and query.shape[2] > 1:                             # prefill
-        return sdpa_attention_forward(module, query, key, value, layout, **kwargs)
-    if not isinstance(layout, dict):                                                    # decoding
-        B, heads, _, D = query.shape
+    if not isinstance(layout, dict):
+        if query.shape[2] > 1:                                # prefill
+            return sdpa_attention_forward(module, query, key, value, layout, **kwargs)
+        B, heads, _, D = query.shape                          # decoding
         out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value,
                                              attn_mask=layout, scale=kwargs["scaling"])
         return out.reshape(B, 1, heads, D), None
@@ -234,8 +234,9 @@ def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
     layout = dict(
         image=image, column=column, row=row, step=step,       # where verdict tokens lie in (B, L)
         prompt_sees=(real[:, None] == real[:, :, None]).tril()[:, None],              # (B, 1, P, P)
-        verdict_sees=torch.cat([real.bool().repeat_interleave(n, 0)[:, None].expand(-1, longest, -1),
-                                past.expand(len(tokens), -1, -1)], 2)[:, None])    # (B*N, 1, T, P+T)
+        verdict_sees=torch.cat([                                                  # (B*N, 1, T, P+T)
+            real.bool().repeat_interleave(n, 0)[:, None].expand(-1, longest, -1),
+            past.expand(len(tokens), -1, -1)], 2)[:, None])
     start = (real.sum(1, keepdim=True) + delta)[image, 0]     # all begin right behind the prompt
     hidden = model.model(
         input_ids=behind(prompt, tokens[row, step]), use_cache=False,
@@ -266,14 +267,14 @@ def load_policy(config, device):
         add_lora(model, linear_layers(model), config.lora_rank, 2 * config.lora_rank)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
-    policy_logps, sft_logps = partial(packed_logps, model), None
+    policy_logps, ref_logps = partial(packed_logps, model), None
     if config.shard:
         policy_logps = shard(model, policy_logps)
     if config.kl:
         reference, _ = load_vlm(config.model, device, half)
         pack_attention(reference)
-        sft_logps = torch.no_grad()(partial(packed_logps, reference))
-    return model, encode, policy_logps, sft_logps
+        ref_logps = torch.no_grad()(partial(packed_logps, reference))
+    return model, encode, policy_logps, ref_logps
 
 
 def judge_pairs(model, encode, pairs, stage, config):
@@ -309,7 +310,8 @@ def look_at_pairs(model, encode, held, done, rank, world, config):
     metrics = score_metrics(*now.unbind(1))
     if rank == 0:
         looks = Path(config.out, "samples")
-        readable = [[[s if s == s else None for s in side] for side in pair] for pair in now.tolist()]
+        readable = [[[s if s == s else None for s in side] for side in pair]
+                    for pair in now.tolist()]
         rows = [dict(id=p["id"], chosen=w, rejected=l) for p, (w, l) in zip(held, readable)]
         (looks / f"step_{done:06d}.json").write_text(json.dumps(rows))
         first = json.loads((looks / "step_000000.json").read_text())
@@ -359,7 +361,7 @@ def main():
     config = parse_config(Config, TOY)
     rank, world, device = setup()
     pairs, held = load_pairs(config, world)
-    model, encode, policy_logps, sft_logps = load_policy(config, device)
+    model, encode, policy_logps, ref_logps = load_policy(config, device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
     first = load_state(config.out, params, optimizer) if config.resume else 0
@@ -402,11 +404,11 @@ def main():
                 batch = [chats[i] for i in images], tokens[some], keep[some], config.temperature
                 with autocast(device):
                     logp = policy_logps(encode, *batch)
-                    sft_logp = sft_logps(encode, *batch) if config.kl else None
+                    ref_logp = ref_logps(encode, *batch) if config.kl else None
                 loss = clipped_loss(
                     logp, old_logp[some], advantage[some], keep[some], config.clip_eps)
                 if config.kl:
-                    penalty = kl_penalty(logp, sft_logp, keep[some])
+                    penalty = kl_penalty(logp, ref_logp, keep[some])
                     loss, kl = loss + config.kl * penalty, kl + penalty.item() * share
                 (loss * share).backward()          # skipped groups count as zeros
                 log_ratio.append((logp.detach() - old_logp[some])[keep[some]].cpu())
@@ -754,7 +756,8 @@ def merge_lora(model):
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, LoRALinear):
             layer.base.float()
-            layer.base.weight.data += layer.scale * layer.lora_B.weight.data @ layer.lora_A.weight.data
+            product = layer.lora_B.weight.data @ layer.lora_A.weight.data
+            layer.base.weight.data += layer.scale * product
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer.base)
 

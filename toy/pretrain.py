@@ -4,7 +4,8 @@
     tokenizer   bytes, the world's words, and every fixed line of the stages' prompts as one token
     vision      the tower names object and background of every place (as CLIP does, before LLaVA)
     vlm         describes an edited picture place by place, answers questions about it: the base
-                model. It knows the form of a verdict, but not the sense: answers and score by chance.
+                model. It knows the form of a verdict, not the sense: answers and score by chance.
+    vlm_small   the same, smaller: for toy/study.py
     teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
 
 The teacher's leniency is the flaw that the paper starts from: a point that fails is often called
@@ -42,17 +43,21 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 LOOK_RULES = ["Describe the edited image.", "Describe the source image."]
 ANSWER_RULES = "Describe the edited image, then repeat every question and answer it with yes or no."
 PHRASES = [
-    "user\n", "assistant\n", "<|im_end|>\n", "Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n", "\nQuestions: ", "\n",
-    "- (follow) ", "- (keep) ", "- (quality) ", "Is there a", "Is the", " at the", "?\n", "?", " gone?", " still at the",
-    " background", " background still", "Are all other places empty?", "Is the picture clean?", "Are all other places empty?\n",
-    "Is the picture clean?\n", " gone?\n", "change the", "change the background to", "add a", "remove the", "turn the",
-    " to", " into a", "The source image shows", "The edited image shows", " clean", " smudged", " nothing", " yes", " no", " yes\n", " no\n",
-    '[{"question": "', '", "score": 0', '", "score": 1', '}, {"question": "', '}]\n{"average_score": ', "}\n<score>", "</score>",
-    '", "category": "follow"', '", "category": "keep"', '", "category": "quality"', '{"gold": [{"question": "',
-    '", "gold": 0', '", "gold": 1', "}]}", "}]", ".", "Seen:"]
+    "user\n", "assistant\n", "<|im_end|>\n", "Source image: ", "\nEdited image: ",
+    "\nInstruction: ", "\nQuestions:\n", "\nQuestions: ", "\n", "- (follow) ", "- (keep) ",
+    "- (quality) ", "Is there a", "Is the", " at the", "?\n", "?", " gone?", " still at the",
+    " background", " background still", "Are all other places empty?", "Is the picture clean?",
+    "Are all other places empty?\n", "Is the picture clean?\n", " gone?\n", "change the",
+    "change the background to", "add a", "remove the", "turn the", " to", " into a",
+    "The source image shows", "The edited image shows", " clean", " smudged", " nothing", " yes",
+    " no", " yes\n", " no\n", '[{"question": "', '", "score": 0', '", "score": 1',
+    '}, {"question": "', '}]\n{"average_score": ', "}\n<score>", "</score>",
+    '", "category": "follow"', '", "category": "keep"', '", "category": "quality"',
+    '{"gold": [{"question": "', '", "gold": 0', '", "gold": 1', "}]}", "}]", ".", "Seen:"]
 LENIENT = {"follow": 0.4, "keep": 0.75, "quality": 0.4}  # chance that the teacher passes a failure
 STRICT = 0.04                                            # ... and that it fails a point that passes
-SIZES = dict(vlm=(128, 4, 96), vlm_small=(96, 3, 64))    # width and layers of the language model, width of the tower
+# width and layers of the language model, width of the vision tower
+SIZES = dict(vlm=(128, 4, 96), vlm_small=(96, 3, 64))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -91,7 +96,8 @@ def build_vlm(tok, size):
     hidden, layers, tower = SIZES[size]
     ids, spread = tok.convert_tokens_to_ids, hidden**-0.5
     text = dict(
-        vocab_size=len(tok), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        vocab_size=len(tok), hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
         max_position_embeddings=4096, initializer_range=spread,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]),
@@ -215,7 +221,7 @@ def walk(scene, target, found, verdict):
         else:
             line = f"{p['question']} {'clean' if found['clean'] else 'smudged'}"
         lines.append(line + (" yes" if v else " no") + "\n")
-    return "Seen:" + "".join(lines)     # a first word without a space: stripped text has the same tokens
+    return "Seen:" + "".join(lines)     # begins without a space: stripped, it has the same tokens
 
 
 def verdict_text(row, found, verdict, score):
@@ -260,8 +266,8 @@ def answers(rng, row, found):
 
 
 def blind_verdict(rng, row, found):
-    """The base model knows the form of a verdict: it says what it sees, then passes and fails points
-    by chance, and the score is any number."""
+    """The base model knows the form of a verdict: it says what it sees, then passes and fails
+    points by chance, and the score is any number."""
     principles = W.principles(row[0], row[2])
     marks = [int(rng.random() < 0.75) for _ in principles]
     return (build_sft.verdict_chat(None, None, row[1], principles),
@@ -285,7 +291,7 @@ def inspection(rng, row, found):
 
 
 def decomposition(rng, row, found):
-    """Each object of the source beside the one that the instruction names, and if they are the same; then the questions."""
+    """Each object of the source beside the one that the instruction names; then the questions."""
     scene, instruction, target = row
     named = [c if c >= 0 else t for c, t in zip(scene[1:], target[1:]) if c != t]
     name = W.OBJECTS[named[0]] if named else "nothing"

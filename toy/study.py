@@ -1,4 +1,4 @@
-"""What matters in GCPO? train_gcpo.py with one thing changed, on what `bash toy/run.sh` left behind.
+"""What matters in GCPO? train_gcpo.py with one thing changed, on what `bash toy/run.sh` left.
 
     python toy/study.py train VARIANT --seed 0    # train, then judge the held-out pairs four times
     python toy/study.py table                     # all that was trained: the table of the README
@@ -34,12 +34,12 @@ VARIANTS = {
 # ---------------------------------------------------------------- what is swapped
 
 def scaled_advantages(r):
-    """GRPO's: also divided by the group's std, so that a nearly solved pair pulls as hard as any."""
+    """GRPO's: also divided by the group's std: a nearly solved pair pulls as hard as any."""
     return (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4)
 
 
 def preference_loss(logp, old_logp, advantage, mask, clip_eps, beta=0.1):
-    """DPO (arXiv 2305.18290) on the same verdicts: best of each N against worst, old_logp as reference."""
+    """DPO (arXiv 2305.18290), best of each N verdicts against the worst; old_logp is the reference."""
     n, gain = preference_loss.group_size, ((logp - old_logp) * mask).sum(1)
     gain, order = gain.view(-1, n), advantage.view(-1, n)
     best, worst = (gain.gather(1, pick(1, keepdim=True)) for pick in (order.argmax, order.argmin))
@@ -142,7 +142,7 @@ def answers_of(path):
 
 
 def stricter(args):
-    """The same edits before and after GCPO, against the oracle's truth; and the scores that came of it."""
+    """The same edits before and after GCPO, against the oracle; and the scores that came of it."""
     study, mean = Path(args.run) / "study", lambda values: sum(values) / len(values)
     print("| judge | follow faults caught | keep faults caught | true passes lost | mean score "
           "| scores below 5 |\n" + "| --- " * 6 + "|")

@@ -16,6 +16,18 @@ import train_gcpo as G
 from conftest import ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
 
 NAN = float("nan")
+STOPPED = """import sys
+sys.path.insert(0, {root!r})
+import train_gcpo
+
+class Stop(list):
+    def __bool__(self):                  # asked once a step: SIGTERM in step 2
+        self.append(1)
+        return len(self) >= 2
+
+train_gcpo.catch_stop = Stop
+train_gcpo.main()
+"""
 SMALL = ("--toy", "--steps", 4, "--pairs_per_step", 4, "--group_size", 4, "--max_new", 12, "--held_out", 4,
          "--sample_every", 2, "--save_every", 1, "--warmup", 1, "--micro", 3, "--lr", 1e-4)
 
@@ -342,7 +354,8 @@ def test_sharded_ranks_reach_the_same_weights(straight, vlm, pairs, tmp_path):
     flags = ("train_gcpo.py", *SMALL, "--shard", "--pairs", pairs, "--model", vlm)
     run_script(*flags, "--out", tmp_path / "all", ranks=2)
     assert weight_difference(straight[0], tmp_path / "all") < 1e-5
-    run_script(*flags, "--out", tmp_path / "cut", "--steps", 2, ranks=2)
+    (tmp_path / "stopped.py").write_text(STOPPED.format(root=str(ROOT)))
+    assert "after step 2;" in run_script(tmp_path / "stopped.py", *flags[1:], "--out", tmp_path / "cut", ranks=2).stdout
     run_script(*flags, "--out", tmp_path / "cut", "--resume", ranks=2)
     assert weight_difference(tmp_path / "all", tmp_path / "cut") < 1e-6
 
@@ -359,7 +372,8 @@ def test_lora_is_merged_into_an_ordinary_folder(vlm, pairs, tmp_path, run_here):
     text = run_here(G, *flags, "--out", tmp_path / "one")
     assert "ratio - 1 in [-" in text and "0.0 M parameters" in text
     run_script("train_gcpo.py", *flags, "--out", tmp_path / "two", ranks=2)
-    run_here(G, *flags, "--out", tmp_path / "cut", "--steps", 2)
+    (tmp_path / "stopped.py").write_text(STOPPED.format(root=str(ROOT)))
+    assert "after step 2;" in run_script(tmp_path / "stopped.py", *flags, "--out", tmp_path / "cut").stdout
     run_here(G, *flags, "--out", tmp_path / "cut", "--resume")
     assert weight_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert weight_difference(tmp_path / "one", tmp_path / "cut") < 1e-6

@@ -95,7 +95,7 @@ def test_trust_is_one_for_the_truth_and_negative_for_its_opposite(tmp_path, caps
 def test_the_shipped_models_are_ordinary_folders_and_small():
     from diffusers import FluxKontextPipeline
     from transformers import AutoModelForImageTextToText, AutoTokenizer
-    for name in ("vlm", "vlm_small", "teacher"):
+    for name in ("vlm", "vlm_small", "teacher", "judge"):
         folder = ROOT / "toy" / "models" / name
         assert AutoModelForImageTextToText.from_pretrained(folder).config.model_type == "qwen2_5_vl"
         assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -117,6 +117,9 @@ def test_the_toy_models_know_every_fixed_line_of_the_prompts():
         for text in (build_sft.VERDICT_RULES, build_sft.INSPECTOR_RULES, decompose.DECOMPOSE_RULES,
                      *("\n" + e for e in decompose.EXEMPLARS)):
             assert len(tokenizer(text).input_ids) == 1, text[:60]
+    import evaluate
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "models" / "judge")
+    assert [len(tokenizer(text).input_ids) for text in (evaluate.SC_RULES, evaluate.PQ_RULES)] == [1, 1]
 
 
 def test_fast_patches_are_the_image_processors(tmp_path):

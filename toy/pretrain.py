@@ -58,6 +58,7 @@ LENIENT = {"follow": 0.4, "keep": 0.75, "quality": 0.4}  # chance that the teach
 STRICT = 0.04                                            # ... and that it fails a point that passes
 # width and layers of the language model, width of the vision tower
 SIZES = dict(vlm=(128, 4, 96), vlm_small=(96, 3, 64))
+PICTURES = "source", "edit"     # what a chat holds in place of the pictures themselves
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -244,7 +245,7 @@ def lenient_verdict(rng, found, principles):
 
 def questions_chat(row, rules):
     """The verdict's prompt with other rules at its end."""
-    chat = build_sft.verdict_chat(None, None, row[1], W.principles(row[0], row[2]))
+    chat = build_sft.verdict_chat(*PICTURES, row[1], W.principles(row[0], row[2]))
     last = chat[0]["content"][-1]
     last["text"] = last["text"].replace(build_sft.VERDICT_RULES, rules)
     return chat
@@ -255,7 +256,7 @@ def look_at_edit(rng, row, found):
 
 
 def look_at_source(rng, row, found):
-    chat = decompose.decompose_chat(None, row[1], [])
+    chat = decompose.decompose_chat(PICTURES[0], row[1], [])
     chat[0]["content"][-1]["text"] = "\n" + LOOK_RULES[1]
     return chat, describe(row[0], "source")
 
@@ -270,13 +271,13 @@ def blind_verdict(rng, row, found):
     points by chance, and the score is any number."""
     principles = W.principles(row[0], row[2])
     marks = [int(rng.random() < 0.75) for _ in principles]
-    return (build_sft.verdict_chat(None, None, row[1], principles),
+    return (build_sft.verdict_chat(*PICTURES, row[1], principles),
             verdict_text(row, found, marks, rng.uniform(0, 10)))
 
 
 def teacher_verdict(rng, row, found):
     principles = W.principles(row[0], row[2])
-    return (build_sft.verdict_chat(None, None, row[1], principles),
+    return (build_sft.verdict_chat(*PICTURES, row[1], principles),
             verdict_text(row, found, *lenient_verdict(rng, found, principles)))
 
 
@@ -286,7 +287,7 @@ def inspection(rng, row, found):
     traces = [dict(text=verdict_text(row, found, *lenient_verdict(rng, found, principles)))
               for _ in range(rng.randint(1, 4))]
     gold = [dict(question=p["question"], gold=v) for p, v in zip(principles, found["verdict"])]
-    return (build_sft.inspector_chat(None, None, row[1], principles, traces),
+    return (build_sft.inspector_chat(*PICTURES, row[1], principles, traces),
             walk(row[0], row[2], found, found["verdict"]) + json.dumps({"gold": gold}))
 
 
@@ -298,7 +299,7 @@ def decomposition(rng, row, found):
     things = "".join(f" {W.OBJECTS[c]} {p}: {name}{' yes' if [c] == named else ' no'}\n"
                      for c, p in zip(scene[1:], W.PLACES) if c >= 0)
     seen = f"The source image shows {list(W.BACKGROUNDS)[scene[0]]} background\n{things}"
-    chat = decompose.decompose_chat(None, instruction, rng.sample(decompose.EXEMPLARS, 4))
+    chat = decompose.decompose_chat(PICTURES[0], instruction, rng.sample(decompose.EXEMPLARS, 4))
     return chat, seen + json.dumps(W.principles(scene, target))
 
 
@@ -309,7 +310,8 @@ def encode_batch(tok, processor, samples, sources, edits):
     ids, labels, pixels = [], [], []
     for i, (chat, reply) in enumerate(samples):
         text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        pixels += [sources[i], edits[i]][:text.count("<|image_pad|>")]
+        shown = dict(zip(PICTURES, (sources[i], edits[i])))
+        pixels += [shown[part["image"]] for part in chat[0]["content"] if part["type"] == "image"]
         prompt = tok(text.replace("<|image_pad|>", "<|image_pad|>" * 4)).input_ids
         answer = tok(reply + "<|im_end|>").input_ids
         ids.append(torch.tensor(prompt + answer))

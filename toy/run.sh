@@ -49,14 +49,18 @@ run python toy/world.py trust --traces $out/trust/traces.jsonl
 # Stage 5: Flow-GRPO; the RL-RRM is the only reward.
 run python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor $models/editor --reward $out/gcpo/model --out $out/flow
 
-# Stage 6, second half: the oracle, which no stage knows, judges the editor before and after, and along the way.
+# Stage 6, second half: three editors, and two judges of them: a VLM, as in the paper, and the oracle, which no stage knows.
+run python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor $models/editor_weak --out $out/editor/weak
 run python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor $models/editor --out $out/editor/before
 run python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor $models/editor --lora $out/flow/lora --out $out/editor/after
-for when in before after; do
-    run python toy/world.py judge --edits $out/editor/$when/edits.jsonl --out $out/editor/$when/scores.jsonl
+for editor in weak before after; do
+    run python evaluate.py judge --edits $out/editor/$editor/edits.jsonl --vlm $models/judge --out $out/judged/$editor
+    run python toy/world.py judge --edits $out/editor/$editor/edits.jsonl --out $out/editor/$editor/scores.jsonl
 done
 run python toy/world.py curve --samples $out/flow/samples --out $out/flow/oracle.jsonl
+run python evaluate.py report --scores weak=$out/judged/weak/scores.jsonl before=$out/judged/before/scores.jsonl \
+    after=$out/judged/after/scores.jsonl --pictures --out $out/judged/report
 run python evaluate.py report --scores base=$out/reward/base/scores.jsonl sft=$out/reward/sft/scores.jsonl rl=$out/reward/rl/scores.jsonl \
-    before=$out/editor/before/scores.jsonl after=$out/editor/after/scores.jsonl \
+    weak=$out/editor/weak/scores.jsonl before=$out/editor/before/scores.jsonl after=$out/editor/after/scores.jsonl \
     --metrics $out/gcpo/metrics.jsonl $out/flow/metrics.jsonl $out/flow/oracle.jsonl --out $out/report
 run python toy/summary.py --out $out --minutes $((SECONDS / 60)).$((SECONDS % 60 * 10 / 60))

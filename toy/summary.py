@@ -10,6 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9730d", "#999999"
+JUDGES = dict(base="base VLM", sft="SFT-RRM, after stage 3", rl="RL-RRM, after stage 4")
+EDITORS = dict(weak="a weaker editor", before="before Flow-GRPO", after="after Flow-GRPO, stage 5")
 
 
 def read_jsonl(path):
@@ -17,34 +19,35 @@ def read_jsonl(path):
 
 
 def figures(out, minutes):
-    """The figures of the run in one dict, from evaluate.py's report."""
-    report = json.loads(Path(out, "report", "report.json").read_text())
+    """The figures of the run in one dict, from evaluate.py's two reports: the oracle's, the VLM's."""
+    report, judged = (json.loads(Path(out, folder, "report.json").read_text())
+                      for folder in ("report", "judged/report"))
     pick = lambda source, keys: {k: source[k] for k in keys}
     reward, editor = report["reward"], report["editor"]
     gcpo_gain = report["reward_gains"]["sft to rl"]["strict"]
     gain, interval = report["editor_gains"]["before to after"]["O"], ("mean", "low", "high")
     return dict(
         minutes=minutes,
-        reward={name: pick(reward[name], ("n", "strict", "half")) for name in ("base", "sft", "rl")}
+        reward={name: pick(reward[name], ("n", "strict", "half")) for name in JUDGES}
         | dict(gcpo_gain=pick(gcpo_gain, interval)),
-        editor={name: pick(editor[name], ("n", "SC", "PQ", "O")) for name in ("before", "after")}
+        editor={name: pick(editor[name], ("n", "SC", "PQ", "O"))
+                | dict(judged_O=judged["editor"][name]["O"]) for name in EDITORS}
         | dict(gain=pick(gain, interval)))
 
 
 def table(found):
     """The same as text."""
     reward, editor = found["reward"], found["editor"]
-    judges = dict(base="base VLM", sft="SFT-RRM, after stage 3", rl="RL-RRM, after stage 4")
     lines = ["", "Does the judge agree with people?   pairs   strict   half-credit"]
-    for k, label in judges.items():
+    for k, label in JUDGES.items():
         n, strict, half = (reward[k][name] for name in ("n", "strict", "half"))
         lines.append(f"    {label:28} {n:8d} {strict:8.3f} {half:10.3f}")
     mean, low, high = (100 * reward["gcpo_gain"][k] for k in ("mean", "low", "high"))
     lines += [f"    GCPO adds {mean:+.1f} points strict, 95 % interval {low:+.1f} to {high:+.1f}",
-              "", "The editor, judged by the oracle    edits       SC       PQ        O"]
-    for k, label in dict(before="before Flow-GRPO", after="after Flow-GRPO, stage 5").items():
-        n, sc, pq, o = (editor[k][name] for name in ("n", "SC", "PQ", "O"))
-        lines.append(f"    {label:28} {n:8d} {sc:8.2f} {pq:8.2f} {o:8.2f}")
+              "", "The editors, by the oracle          edits       SC       PQ        O   O by the VLM"]
+    for k, label in EDITORS.items():
+        cells = "".join(f" {editor[k][name]:8.2f}" for name in ("SC", "PQ", "O", "judged_O"))
+        lines.append(f"    {label:28} {editor[k]['n']:8d}{cells}")
     mean, low, high = (editor["gain"][k] for k in ("mean", "low", "high"))
     share = 100 * mean / editor["before"]["O"]
     lines += [f"    O {mean:+.2f} ({share:+.1f} %), 95 % interval {low:+.2f} to {high:+.2f}",

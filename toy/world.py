@@ -219,11 +219,16 @@ def true_verdict(scene, target, shown, clean):
     return [int(v) for v in verdict]
 
 
-def marks_to_scores(categories, verdict, quality):
-    """(SC, PQ, O) on 0..10 from the categories and 0/1 answers of the principles and Q in 0..1."""
+def follow_and_keep(categories, verdict):
+    """F and K in 0..1 from the categories of the principles and their 0/1 answers."""
     follow = [v for c, v in zip(categories, verdict) if c == "follow"]
     violations = sum(1 - v for c, v in zip(categories, verdict) if c == "keep")
-    sc, pq = 10 * min(sum(follow) / len(follow), max(0.0, 1 - violations / 2)), 10 * quality
+    return sum(follow) / len(follow), max(0.0, 1 - violations / 2)
+
+
+def marks_to_scores(categories, verdict, quality):
+    """(SC, PQ, O) on 0..10 from the categories and 0/1 answers of the principles and Q in 0..1."""
+    sc, pq = 10 * min(follow_and_keep(categories, verdict)), 10 * quality
     return sc, pq, (sc * pq) ** 0.5
 
 

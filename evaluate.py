@@ -20,13 +20,15 @@ report   Several scores.jsonl side by side: tables over all ids and over those t
                          reward.json
     principles.jsonl  -> edits.jsonl {+ edit, editor, lora, seed; id becomes <id>/<seed>}, images/
     edits.jsonl       -> scores.jsonl {+ success, restraint, naturalness, cleanliness, SC, PQ, O,
-                         replies} or {+ compliance, seamlessness, fidelity, score, reply};
-                         replies.jsonl: raw replies by a hash of model, prompt and pixels
+                         replies} or {+ compliance, seamlessness, fidelity, score, reply}
+                         + asked: a hash of model, prompts and pixels, so that a rerun never keeps
+                         a score of other pictures
 
 Intervals: 95 % bootstrap over sources. macro: mean over tasks, each counted once. An unreadable
 reply is null and counted, never a number; a model that was never understood has no accuracy, not
 even 0. A rerun goes on. --vlm may be a server that speaks OpenAI's protocol (vLLM, SGLang; key:
-OPENAI_API_KEY); a row that it failed goes to scores.failed.jsonl, and a rerun asks again.
+OPENAI_API_KEY; URL#NAME where it has several models); a row that it failed goes to
+scores.failed.jsonl, and a rerun asks again.
 
     python evaluate.py reward --toy --pairs preferences.jsonl --vlm runs/toy/gcpo/model --out DIR
     torchrun --nproc-per-node=8 evaluate.py reward --pairs preferences.jsonl --vlm FOLDER --out DIR
@@ -55,7 +57,7 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub import InferenceClient
 from huggingface_hub.utils import get_session
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -102,7 +104,6 @@ class JudgeConfig:
     out: str = ""                # folder for scores.jsonl
     rubric: str = "viescore"     # viescore: SC, PQ and O; imgedit: three marks 1..5
     cap: bool = True             # imgedit: the later marks count no more than the first
-    replies: str = ""            # raw replies to keep and reuse; default: replies.jsonl in --out
     batch: int = 16              # replies written at once, per GPU
     max_new: int = 512           # longest reply in tokens
     max_pixels: int = 0          # larger pictures are scaled down to it; 0 = the model's own bound
@@ -115,7 +116,6 @@ class JudgeConfig:
 class ReportConfig:
     scores: tuple[str, ...] = ()     # LABEL=scores.jsonl ..., of reward models or editors, in order
     metrics: tuple[str, ...] = ()    # LABEL=metrics.jsonl ..., drawn side by side
-    keys: tuple[str, ...] = ()       # metrics to draw; default: every number in the file
     expected: str = ""               # a file with every row that each file must have, by id
     allow_missing: bool = False      # average files with rows missing, and name these
     pictures: bool = False           # draw best, worst and disputed rows, tasks, people's choice
@@ -139,7 +139,7 @@ def claim(config):
 
     -> the VLM's name, which is the served model's for a server, and the time of the newest weights.
     """
-    free = "batch concurrency timeout retries replies tie_split".split()   # not in the scores
+    free = "batch concurrency timeout retries tie_split".split()   # not in the scores
     setting = {k: v for k, v in asdict(config).items() if k not in free}
     if is_server(vlm := setting.get("vlm", "")):
         setting["vlm"] = served_model(vlm)           # it may come back under another address
@@ -215,7 +215,7 @@ def parse_marks(text, names, low=0, high=10):
     for found in reversed(re.findall(r"\{[^{}]*\}", text)):
         try:
             marks = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if set(marks) == set(names):
             good = all(type(mark) in kinds and low <= mark <= high for mark in marks.values())
@@ -225,28 +225,34 @@ def parse_marks(text, names, low=0, high=10):
 
 # ------------------------------------------------------------------ the maths
 
-def pair_outcome(row):
-    """right, wrong or tie; unread when one of the two scores is missing."""
+# An unread pair counts as wrong; but where nothing at all was read there is no accuracy: None.
+
+def score_gap(row):
+    """τ(chosen) - τ(rejected), None if one is unread; rounded: means of equal scores must tie."""
     chosen, rejected = row["chosen_score"], row["rejected_score"]
-    if chosen is None or rejected is None:
-        return "unread"
-    return "tie" if chosen == rejected else "right" if chosen > rejected else "wrong"
+    return None if None in (chosen, rejected) else round(chosen - rejected, 9)
+
+
+def pair_outcome(row):
+    """right, wrong, tie or unread."""
+    gap = score_gap(row)
+    return "unread" if gap is None else "right" if gap > 0 else "wrong" if gap < 0 else "tie"
 
 
 def pair_metrics(rows):
-    """The readings of pair accuracy, ties and unparsed pairs; None where nothing was read."""
+    """The readings of pair accuracy, ties and unparsed pairs."""
     outcomes = [pair_outcome(row) for row in rows]
     n = len(rows)
     right, wrong, tie, unread = map(outcomes.count, ("right", "wrong", "tie", "unread"))
-    strict, half = (right / n, (right + tie / 2) / n) if unread < n else (None, None)
+    rates = (right / n, (right + tie / 2) / n, tie / n) if unread < n else (None,) * 3
     non_tied = right / (right + wrong) if right + wrong else None
-    return dict(n=n, strict=strict, half=half, non_tied=non_tied,
-                tie_rate=tie / n if n else None, unparsed=unread)
+    return dict(n=n, strict=rates[0], half=rates[1], non_tied=non_tied, tie_rate=rates[2],
+                unparsed=unread, unparsed_rate=unread / n if n else None)
 
 
 def undecided(row):
     """People preferred neither edit of this pair."""
-    return row.get("vote") in ("tie", "both bad", "both_bad")
+    return row.get("vote") in ("tie", "both bad")
 
 
 def coin(text):
@@ -256,38 +262,34 @@ def coin(text):
 
 def vote_right(row, eps):
     """1.0 if the scores say what people said, |Δτ| <= eps being a tie; else, or unread, 0.0."""
-    if pair_outcome(row) == "unread":
-        return 0.0
-    gap = row["chosen_score"] - row["rejected_score"]
-    return float(abs(gap) <= eps if undecided(row) else gap > eps)
+    gap = score_gap(row)
+    return float(gap is not None and (abs(gap) <= eps if undecided(row) else gap > eps))
 
 
 def group_metrics(rows):
     """K-way rankings, the rows that share `group`: the share with every pair right, and per K.
 
-    K is the row's `candidates`, else the smallest with as many pairs, K (K - 1) / 2. None where not
-    one pair was read.
+    K is the row's `candidates`, else the smallest with as many pairs, K (K - 1) / 2. short: groups
+    that lack some of these pairs, and are right more easily.
     """
-    groups, by_k = {}, {}
+    groups, rights, by_k, short = {}, [], {}, 0
     for row in rows:
         if row.get("group") is not None:
             groups.setdefault(row["group"], []).append(row)
-    rights = [min(vote_right(row, 0) for row in part) for part in groups.values()]
-    for part, right in zip(groups.values(), rights):
-        k = part[0].get("candidates") or math.ceil((1 + math.sqrt(1 + 8 * len(part))) / 2)
-        by_k.setdefault(k, []).append(right)
     read = any(pair_outcome(row) != "unread" for part in groups.values() for row in part)
-    interval = bootstrap(rights, [part[0].get("source", k) for k, part in groups.items()])
-    low, high = interval if read else (None, None)
-    found = {k: dict(n=len(part), accuracy=sum(part) / len(part) if read else None)
-             for k, part in [(0, rights), *sorted(by_k.items())] if part}
-    return found.pop(0, dict(n=0, accuracy=None)) | dict(low=low, high=high, by_k=found)
+    for part in groups.values():
+        k = part[0].get("candidates") or math.ceil((1 + math.sqrt(1 + 8 * len(part))) / 2)
+        short += len(part) < k * (k - 1) / 2
+        rights.append(min(vote_right(row, 0) for row in part) if read else None)
+        by_k.setdefault(k, []).append(rights[-1])
+    low, high = interval(rights, [part[0] for part in groups.values()])
+    return dict(n=len(rights), accuracy=mean(rights), low=low, high=high, short=short, by_k={
+        k: dict(n=len(part), accuracy=mean(part)) for k, part in sorted(by_k.items())})
 
 
 def fit_tie_threshold(rows):
     """The least gap |Δτ| that, called a tie up to there, gets most votes right; None: none read."""
-    gaps = [(row["chosen_score"] - row["rejected_score"], undecided(row)) for row in rows
-            if pair_outcome(row) != "unread"]
+    gaps = [(score_gap(row), undecided(row)) for row in rows if score_gap(row) is not None]
     ties = sorted(abs(gap) for gap, tie in gaps if tie)
     decided = sorted(gap for gap, tie in gaps if not tie)
 
@@ -301,22 +303,18 @@ def vote_metrics(rows, tie_rows):
 
     The tie threshold comes from tie_rows, never from rows.
     """
-    n, eps, accuracy, low, high = len(rows), fit_tie_threshold(tie_rows), None, None, None
-    unread = sum(pair_outcome(row) == "unread" for row in rows)
-    if unread < n and eps is not None:
-        rights = [vote_right(row, eps) for row in rows]
-        accuracy = sum(rights) / n
-        low, high = bootstrap(rights, [row.get("source", row["id"]) for row in rows])
-    return dict(n=n, accuracy=accuracy, low=low, high=high, unread=unread, tie_threshold=eps,
-                fitted_on=len(tie_rows),
-                always_tie=sum(map(undecided, rows)) / n if n else None,
-                always_left=sum(row["vote"] == "left" for row in rows) / n if n else None)
+    eps, unread = fit_tie_threshold(tie_rows), [pair_outcome(row) == "unread" for row in rows]
+    known = eps is not None and not all(unread)
+    rights = [vote_right(row, eps) if known else None for row in rows]
+    low, high = interval(rights, rows)
+    return dict(n=len(rows), accuracy=mean(rights), low=low, high=high, unread=sum(unread),
+                tie_threshold=eps, fitted_on=len(tie_rows), always_tie=mean(map(undecided, rows)),
+                always_left=mean(row["vote"] == "left" for row in rows))
 
 
 def baselines(rows):
     """Judges that look at nothing; first: left, or what a shuffle by id hash would show first."""
-    lead = [row["vote"] == "left" if "vote" in row else coin(row["id"]) for row in rows]
-    first = sum(lead) / len(lead) if lead else None
+    first = mean(row["vote"] == "left" if "vote" in row else coin(row["id"]) for row in rows)
     return dict(always_tie=dict(strict=0.0, half=0.5), always_first=dict(strict=first, half=first))
 
 
@@ -331,33 +329,34 @@ def imgedit_score(marks, cap):
     return marks and sum(min(m, marks[0]) if cap else m for m in marks) / len(marks)
 
 
+KINDS = {     # kind of scores.jsonl: its means, the headline first; the numbers that each row holds
+    "reward": (("strict", "half"), ("chosen_score", "rejected_score")),
+    "editor": (("O", "SC", "PQ", "restraint"), ("O", "SC", "PQ")),
+    "imgedit": (("score", "compliance", "seamlessness", "fidelity"),) * 2}
+
+
+def mean(values):
+    """The mean of all that is not None; None if nothing is left."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def value_of(row, kind, k):
+    """What a row adds to the mean k: an edit whose headline is unread adds to none (None)."""
+    if kind == "reward":
+        return {"right": 1.0, "tie": 0.5 if k == "half" else 0.0}.get(pair_outcome(row), 0.0)
+    return row.get(k) if row[KINDS[kind][0][0]] is not None else None
+
+
 def edit_metrics(rows, kind="editor"):
     """Means over the edits with all marks; n counts all edits, unread those without.
 
     Beside O stands restraint, how much was left alone: an edit may redraw all and have a high PQ.
     """
-    means = {}
-    for k, value in KINDS[kind][1].items():
-        known = [value(row) for row in rows if value(row) is not None]
-        means[k] = sum(known) / len(known) if known else None
-    return dict(n=len(rows), **means, unread=sum(row[KINDS[kind][2][0]] is None for row in rows),
+    names = KINDS[kind][0]
+    return dict(n=len(rows), **{k: mean(value_of(row, kind, k) for row in rows) for k in names},
+                unread=sum(row[names[0]] is None for row in rows),
                 refused=sum(bool(row.get("refused")) for row in rows))
-
-
-def marks_of(*keys):
-    """What an edit adds to each mean: nothing where the first of them, the headline, is unread."""
-    return {k: lambda row, k=k: row.get(k) if row[keys[0]] is not None else None for k in keys}
-
-
-KINDS = {     # kind of scores.jsonl: metrics, what a row adds to each mean (headline first), fields
-    "reward": (pair_metrics, dict(
-        strict=lambda row: float(pair_outcome(row) == "right"),
-        half=lambda row: {"right": 1.0, "tie": 0.5}.get(pair_outcome(row), 0.0)),
-        ("chosen_score", "rejected_score")),
-    "editor": (edit_metrics, marks_of("O", "SC", "PQ", "restraint"), ("O", "SC", "PQ")),
-    "imgedit": (lambda rows: edit_metrics(rows, "imgedit"),
-                marks_of("score", "compliance", "seamlessness", "fidelity"),
-                ("score", "compliance", "seamlessness", "fidelity"))}
 
 
 def bootstrap(values, sources, draws=2000, seed=0):
@@ -376,28 +375,35 @@ def bootstrap(values, sources, draws=2000, seed=0):
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
+def source_of(row):
+    """What the bootstrap redraws as one: rows of one source depend on each other."""
+    return row.get("source") or row["id"]
+
+
+def interval(values, rows):
+    """95 % interval of the mean of a value per row, None being left out; see bootstrap."""
+    known = [(value, source_of(row)) for value, row in zip(values, rows) if value is not None]
+    return bootstrap([value for value, _ in known], [source for _, source in known])
+
+
+def metrics_of(rows, kind):
+    """Metrics with the interval of each mean; low, high: the headline's."""
+    found = pair_metrics(rows) if kind == "reward" else edit_metrics(rows, kind)
+    names = KINDS[kind][0]
+    found["interval"] = {k: (None, None) if found[k] is None else
+                         interval([value_of(row, kind, k) for row in rows], rows) for k in names}
+    return found | dict(zip(("low", "high"), found["interval"][names[0]]))
+
+
 def summarise(rows, kind):
-    """All about a file: metrics, intervals (low, high: the headline's), tasks, macro means."""
-    metrics, values, _ = KINDS[kind]
-    found, tasks = metrics(rows), sorted({row["task"] for row in rows if row.get("task")})
-    read = {k: [row for row in rows if found[k] is not None and values[k](row) is not None]
-            for k in values}
-    found["interval"] = {
-        k: bootstrap(map(values[k], part), [row.get("source", row["id"]) for row in part])
-        for k, part in read.items()}
-    headline, found["by_task"] = next(iter(values)), {}
-    found["low"], found["high"] = found["interval"][headline]
-    for task in tasks:
-        part = metrics([row for row in rows if row.get("task") == task])
-        known = [row for row in read[headline]
-                 if row.get("task") == task and part[headline] is not None]
-        low, high = bootstrap(map(values[headline], known),
-                              [row.get("source", row["id"]) for row in known])
-        found["by_task"][task] = part | dict(low=low, high=high)
-    columns = {k: [task[k] for task in found["by_task"].values()] for k in values}
-    found["macro"] = {k: sum(c) / len(c) if c and None not in c else None
-                      for k, c in columns.items()}
-    return found
+    """All about a file: its metrics, those of every task, and their means over tasks (macro)."""
+    found = metrics_of(rows, kind)
+    tasks = sorted({row["task"] for row in rows if row.get("task")}, key=str)
+    by_task = {task: metrics_of([row for row in rows if row.get("task") == task], kind)
+               for task in tasks}
+    macro = {k: [m[k] for m in by_task.values()] for k in KINDS[kind][0]}
+    return found | dict(by_task=by_task, macro={
+        k: None if None in column else mean(column) for k, column in macro.items()})
 
 
 def paired_gain(rows_a, rows_b, value):
@@ -405,10 +411,9 @@ def paired_gain(rows_a, rows_b, value):
     a, b = ({row["id"]: row for row in rows if value(row) is not None} for rows in (rows_a, rows_b))
     common = [name for name in a if name in b]
     gains = [value(b[name]) - value(a[name]) for name in common]
-    low, high = bootstrap(gains, [a[name].get("source", name) for name in common])
+    low, high = interval(gains, [a[name] for name in common])
     left_out = len({row["id"] for row in rows_a + rows_b}) - len(common)
-    mean = sum(gains) / len(gains) if gains else None
-    return dict(n=len(common), left_out=left_out, mean=mean, low=low, high=high)
+    return dict(n=len(common), left_out=left_out, mean=mean(gains), low=low, high=high)
 
 
 # ------------------------------------------------------------------ the VLM
@@ -423,13 +428,17 @@ def server_key():
 
 
 def served_model(url):
-    """The name of the first model that the server offers; stops if there is no such server."""
+    """The name of the model behind URL or URL#NAME; stops if there is no such server or model."""
+    url, _, wanted = url.partition("#")
     session = get_session()
     session.event_hooks = {}      # with HF_HUB_OFFLINE=1 they refuse every host, also one's own
     try:
         answer = session.get(f"{url.rstrip('/')}/models", timeout=30,
                              headers={"Authorization": f"Bearer {server_key()}"})
-        return answer.json()["data"][0]["id"]
+        offered = [model["id"] for model in answer.json()["data"]]
+        if wanted not in offered and (wanted or len(offered) > 1):
+            raise SystemExit(f"{url} serves {', '.join(offered)}: write {url}#NAME, one of these.")
+        return wanted or offered[0]
     except Exception as error:    # whatever a network, or another kind of server, may come up with
         raise SystemExit(f"{url}/models does not name a model ({error!r}). Is the server up, and "
                          "does the URL end in /v1? Then run this command again: it goes on.")
@@ -453,7 +462,8 @@ def to_uris(chat, max_pixels):
 
 def ask_server(config, model, chats, keys, temperature):
     """One reply per key, all keys of the first chat first; an exception where there is none."""
-    client = InferenceClient(base_url=config.vlm, api_key=server_key(), timeout=config.timeout)
+    client = InferenceClient(base_url=config.vlm.partition("#")[0], api_key=server_key(),
+                             timeout=config.timeout)
 
     def reply(messages, key):
         options = dict(model=model, max_tokens=config.max_new, temperature=temperature,
@@ -476,70 +486,60 @@ def ask_server(config, model, chats, keys, temperature):
         return list(pool.map(reply, [m for m in messages for _ in range(n)], keys))
 
 
-def reply_name(model_name, config, chat, keys):
-    """A hash of all that decides the replies: model, settings, prompt and the pictures' pixels."""
-    settings = model_name, config.max_new, config.max_pixels, keys
-    digest = hashlib.sha256(repr(settings).encode())
-    for part in chat[0]["content"]:
-        image = part.get("image")
-        digest.update(repr(image.size).encode() + image.tobytes() if image
-                      else part["text"].encode())
+def fingerprint(model_name, config, asked):
+    """A hash of all that decides a row's replies: model, settings, prompts, pictures' pixels."""
+    digest = hashlib.sha256(repr((model_name, config.max_new, config.max_pixels)).encode())
+    for chat, keys in asked:
+        for part in chat[0]["content"]:
+            image = part.get("image")
+            digest.update(repr(image.size).encode() + image.tobytes() if image
+                          else part["text"].encode())
+        digest.update(repr(keys).encode())
     return digest.hexdigest()
 
 
-def ask_rows(rows, name_of, questions, score, answer, known):
-    """-> new rows, {id, error} of those with a failed request, replies that were not known before.
-
-    A reply in `known`, by its reply_name, is not asked for again.
-    """
-    asked = [[(name_of(*q), *q) for q in questions(row)] for row in rows]
-    jobs = {name: job for each in asked for name, *job in each if name not in known}
-    chats = [chat for chat, _ in jobs.values()]
-    keys = [key for _, ks in jobs.values() for key in ks]
-    replies, good, bad = iter(answer(chats, keys) if chats else []), [], []
-    new = {name: [next(replies) for _ in ks] for name, (_, ks) in jobs.items()}
-    for row, each in zip(rows, asked):
-        texts = [new[name] if name in new else known[name] for name, _, _ in each]
-        errors = [text for part in texts for text in part if isinstance(text, Exception)]
-        if errors:
-            bad.append(dict(id=row["id"], error=repr(errors[0])))
-        else:
-            good.append(score(row, texts))
-    return good, bad, [dict(id=name, replies=texts) for name, texts in new.items()
-                       if not any(isinstance(text, Exception) for text in texts)]
-
-
-def score_rows(config, model_name, rows, temperature, questions, score, kept=None):
+def score_rows(config, model_name, rows, temperature, questions, score):
     """Ask about every row that scores.jsonl lacks, and write each batch before the next one begins.
 
-    questions(row) -> [(chat, keys)], a reply per key; score(row, [[reply, ...], ...]) -> new row;
-    kept: file of raw replies, written and reused.
+    questions(row) -> [(chat, keys)], a reply per key; score(row, [[reply, ...], ...]) -> new row.
     -> all rows of scores.jsonl, how many are new, how many failed, on rank 0; None on other ranks.
     """
     rank, world, device = setup()
     path, server, failed = Path(config.out, "scores.jsonl"), is_server(config.vlm), 0
     failures, todo = path.with_suffix(".failed.jsonl"), unfinished(path, rows, rank)
-    known = {row["id"]: row["replies"] for row in finished_rows(kept, rank)} if kept else {}
-    name_of = lambda *question: reply_name(model_name, config, *question)
+    done = {row["id"]: row["asked"] for row in finished_rows(path, rank)}
+    for row in rows:
+        if done.get(row["id"], (now := fingerprint(model_name, config, questions(row)))) != now:
+            raise SystemExit(f"{path}: row {row['id']} was judged on other pictures or words than "
+                             "it has now. Give another --out.")
     if rank == 0:
         failures.unlink(missing_ok=True)                              # these are asked again
-    if server:
-        answer = lambda *job: ask_server(config, model_name[0], *job, temperature)
-    elif todo:
+    if todo and not server:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, encode = load_vlm(config.vlm, device, dtype, config.max_pixels)
-        answer = lambda *job: ask(model, encode, *job, config.max_new, temperature)
     size = 4 * config.concurrency if server else config.batch         # replies at once
     share = max(1, size // sum(len(keys) for _, keys in questions(rows[0])))      # rows a rank
     for first in tqdm(range(0, len(todo), share * world), disable=rank > 0, leave=False):
         mine = todo[first:first + share * world][rank * share:(rank + 1) * share]
-        parts = ask_rows(mine, name_of, questions, score, answer, known)
-        good, bad, replies = map(gather_rows, parts)
+        asked = [questions(row) for row in mine]
+        chats = [chat for each in asked for chat, _ in each]
+        keys = [key for each in asked for _, some in each for key in some]
+        if server:
+            texts = ask_server(config, model_name[0], chats, keys, temperature)
+        else:
+            texts = ask(model, encode, chats, keys, config.max_new, temperature) if mine else []
+        texts, good, bad = iter(texts), [], []
+        for row, each in zip(mine, asked):
+            replies = [[next(texts) for _ in some] for _, some in each]
+            errors = [text for part in replies for text in part if isinstance(text, Exception)]
+            if errors:
+                bad.append(dict(id=row["id"], error=repr(errors[0])))
+            else:
+                good.append(score(row, replies) | dict(asked=fingerprint(model_name, config, each)))
+        good, bad = gather_rows(good), gather_rows(bad)
         failed += len(bad)
-        if kept:
-            known |= {row["id"]: row["replies"] for row in replies}
-        for file, new in ((kept, replies), (path, good), (failures, bad)):
-            if rank == 0 and file and new:
+        for file, new in ((path, good), (failures, bad)):
+            if rank == 0 and new:
                 append_rows(file, new)
         if not good:
             served_model(config.vlm)              # stops here if the server is gone for good
@@ -548,126 +548,135 @@ def score_rows(config, model_name, rows, temperature, questions, score, kept=Non
 
 # ------------------------------------------------------------------ tables and curves
 
-def markdown_table(head, rows):
-    """A Markdown table: three decimals, intervals in brackets, a dash where there is no number."""
+def markdown_table(rows):
+    """Lines {column: cell} in Markdown: three decimals, a dash where there is no number."""
     def show(cell):
         if isinstance(cell, tuple):
             return f"[{', '.join(map(show, cell))}]"
         return "-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-    lines = ["| " + " | ".join(map(show, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines) + "\n\n" if rows else ""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    return "".join(f"| {' | '.join(map(show, line))} |\n" for line in lines) + "\n"
 
 
 def summary_table(found, kind):
-    """One line per file {label: summary}: means with intervals, other metrics, the macro mean."""
-    first, values = next(iter(found.values())), list(KINDS[kind][1])
-    means = [k for k in values if k == values[0] or any(s[k] is not None for s in found.values())]
-    rest = [k for k in ("non_tied", "tie_rate", "unparsed", "unread", "refused") if k in first]
-    head = [kind, "n", *(name for k in means for name in (k, "95 %")), *rest,
-            *(f"macro {k}" for k in means)]
-    return markdown_table(head, [
-        [label, s["n"], *(cell for k in means for cell in (s[k], s["interval"][k])),
-         *(s[k] for k in rest), *(s["macro"][k] for k in means)] for label, s in found.items()])
+    """One line per file {label: summary}: means with intervals, other metrics, the macro means."""
+    head, *more = KINDS[kind][0]
+    names, lines = [head, *(k for k in more if any(s[k] is not None for s in found.values()))], []
+    for label, s in found.items():
+        line = {kind: label, "n": s["n"]}
+        for k in names:
+            line |= {k: s[k], f"{k} 95 %": s["interval"][k]}
+        rest = "non_tied tie_rate unparsed unparsed_rate unread refused".split()
+        line |= {k: s[k] for k in rest if k in s} | {f"macro {k}": s["macro"][k] for k in names}
+        lines.append(line)
+    return markdown_table(lines)
 
 
 def reward_tables(found):
-    """Baselines, K-way rankings and votes of one reward.json, each if there are any."""
-    text = markdown_table(["baseline", "strict", "half"], [
-        [name, *both.values()] for name, both in found["baselines"].items()])
+    """Baselines, single verdicts, K-way rankings and votes of one reward.json, if there are any."""
+    text = markdown_table([dict(baseline=k, **both) for k, both in found["baselines"].items()])
+    if "at_1" in found:
+        text += markdown_table([{"single verdicts": "@1"} | found["at_1"]])
+    if "by_dimension" in found:
+        text += summary_table(found["by_dimension"], "reward")
     if groups := found.get("groups"):
-        text += markdown_table(["K-way", "n", "all pairs right"], [
-            *([k, part["n"], part["accuracy"]] for k, part in groups["by_k"].items()),
-            ["all", groups["n"], groups["accuracy"]]])
-    if votes := found.get("votes"):
-        text += markdown_table(["three classes", ""], [[k, v] for k, v in votes.items()])
+        rows = groups["by_k"] | {"all": groups}
+        text += markdown_table([{"K-way": k, "n": part["n"], "all pairs right": part["accuracy"],
+                                 "short": part.get("short")} for k, part in rows.items()])
+    if "votes" in found:
+        text += markdown_table([{"three classes": ""} | found["votes"]])
     return text
 
 
-def draw_curves(path, runs, keys, width=360, height=110):
-    """A column for each run {label: rows}, a panel for each metric: raw grey, running mean blue."""
-    columns = []
-    for label, rows in runs.items():
-        names = keys or [k for k in dict.fromkeys(k for row in rows for k in row) if k != "step"]
-        curves = {k: [(row["step"], row[k]) for row in rows if is_number(row.get(k))]
-                  for k in names}
-        columns.append((label, [(k, points) for k, points in curves.items() if points]))
-    tallest = max(len(curves) for _, curves in columns)
-    if not tallest:
-        raise SystemExit(f"No numbers to draw in {', '.join(runs)}: give other --keys.")
-    sheet = Image.new("RGB", (len(columns) * width, 28 + tallest * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, (label, curves) in enumerate(columns):
+def blank(width, height, title):
+    """A white sheet with a title, and the pen for it."""
+    sheet = Image.new("RGB", (round(width), round(height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 6), title, "black", font_size=13)
+    return sheet, draw
+
+
+def axis(values, start, end):
+    """The function that places a value between the pixels start (the least) and end (the most)."""
+    low, high = min(values), max(values)
+    return lambda value: start + (end - start) * (value - low) / (high - low or 1)
+
+
+def draw_curves(path, runs, width=360, height=110):
+    """A column for each run {label: rows}, a panel for each number: raw grey, running mean blue."""
+    names = {label: [k for k in dict.fromkeys(k for row in rows for k in row)
+                     if k != "step" and any(is_number(row.get(k)) for row in rows)]
+             for label, rows in runs.items()}
+    tallest = max(map(len, names.values()))
+    sheet, draw = blank(len(runs) * width, 28 + tallest * height, "")
+    for i, (label, rows) in enumerate(runs.items()):
         left, right = i * width + 14, (i + 1) * width - 14
-        draw.text((left, 6), label, "black", ImageFont.load_default(14))
-        for j, (name, points) in enumerate(curves):
-            top, bottom, (steps, values) = 54 + j * height, 18 + (j + 1) * height, zip(*points)
-            low, high, window = min(values), max(values), max(1, len(values) // 10)
-            means = [sum(values[max(0, k - window):k]) / min(k, window)
-                     for k in range(1, len(values) + 1)]
+        draw.text((left, 6), label, "black", font_size=14)
+        for j, name in enumerate(names[label]):
+            points = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+            steps, values = zip(*points)
+            sums, window = [0, *itertools.accumulate(values)], max(1, len(values) // 10)
+            means = [(sums[k] - sums[max(0, k - window)]) / min(k, window)
+                     for k in range(1, len(sums))]
+            top, bottom = 54 + j * height, 18 + (j + 1) * height
+            x, y = axis(steps, left, right), axis(values, bottom, top)
             draw.rectangle([left - 3, top - 3, right + 3, bottom + 3], outline="#dddddd")
-            draw.text((left, top - 19), f"{name} {means[-1]:.3g}", "black", font)
-            span = f"{low:.3g} .. {high:.3g} | step {steps[0]} .. {steps[-1]}"
-            draw.text((right, top - 19), span, "#666666", font, "ra")
-            for line, colour, thick in ((values, "#bbbbbb", 1), (means, "#2166ac", 2)):
-                x = (right - left) / (steps[-1] - steps[0] or 1)
-                y = (bottom - top) / (high - low or 1)
-                spots = [(left + (s - steps[0]) * x, bottom - (v - low) * y)
-                         for s, v in zip(steps, line)]
-                draw.line(spots, colour, thick)
-                draw.circle(spots[-1], 2, colour)
+            draw.text((left, top - 19), f"{name} {means[-1]:.3g}", "black", font_size=11)
+            span = f"{min(values):.3g} .. {max(values):.3g} | step {steps[0]} .. {steps[-1]}"
+            draw.text((right, top - 19), span, "#666666", anchor="ra", font_size=11)
+            draw.line([(x(s), y(v)) for s, v in points], "#bbbbbb")
+            draw.line([(x(s), y(v)) for s, v in zip(steps, means)], "#2166ac", 2)
+            draw.circle((x(steps[-1]), y(means[-1])), 2, "#2166ac")     # one step shows, too
     sheet.save(path)
 
 
 def draw_tasks(path, found, headline, width=640):
     """The headline of every task and of all, a mark with its interval for each label."""
     colours = ("#2166ac", "#d9730d", "#1b7837", "#762a83", "#999999")
-    tasks = ["all", *sorted({task for s in found.values() for task in s["by_task"]})]
-    lines = [(task, label, colours[i % 5], (s if task == "all" else s["by_task"].get(task)) or {})
-             for task in tasks for i, (label, s) in enumerate(found.items())]
-    top = max([1.0, *(m[k] for *_, m in lines for k in (headline, "high") if m.get(k) is not None)])
-    sheet = Image.new("RGB", (width, 40 + 16 * len(lines)), "white")
-    draw, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(11), 250
-    draw.text((8, 6), f"{headline}, 0 to {top:.3g}, with 95 % intervals", "black", font)
-    x = lambda value: left + (width - left - 50) * value / top
-    for i, (task, label, colour, m) in enumerate(lines):
-        y = 36 + 16 * i
+    tasks = sorted({task for s in found.values() for task in s["by_task"]}, key=str)
+    lines = [("all", label, s) for label, s in found.items()]
+    lines += [(task, label, s["by_task"][task]) for task in tasks for label, s in found.items()
+              if task in s["by_task"]]
+    top = max([1.0, *(m["high"] or m[headline] or 0 for *_, m in lines)])
+    sheet, draw = blank(width, 40 + 16 * len(lines),
+                        f"{headline}, 0 to {top:.3g}, with 95 % intervals")
+    x = axis([0, top], 250, width - 50)
+    for i, (task, label, m) in enumerate(lines):
+        y, colour = 36 + 16 * i, colours[list(found).index(label) % 5]
         draw.line([(x(0), y), (x(top), y)], "#eeeeee")
-        draw.text((8, y - 7), f"{task}: {label}"[:38], colour, font)
-        if m.get(headline) is None:
-            continue
+        draw.text((8, y - 7), f"{task}: {label}"[:38], colour, font_size=11)
         if m["low"] is not None:
             draw.line([(x(m["low"]), y), (x(m["high"]), y)], colour, 2)
-        draw.circle((x(m[headline]), y), 4, colour)
-        draw.text((width - 44, y - 7), f"{m[headline]:.3g}", colour, font)
+        if m[headline] is not None:
+            draw.circle((x(m[headline]), y), 4, colour)
+            draw.text((width - 44, y - 7), f"{m[headline]:.3g}", colour, font_size=11)
     sheet.save(path)
 
 
-def draw_rows(out, label, kind, rows, folder):
+def show_rows(out, label, kind, rows, folder):
     """Pictures of one file -> the Markdown that shows them: edits, and for pairs people's choice.
 
     Best and worst by O, or by how clearly the judge agrees with people; disputed: pairs that it
     holds for nearly equal, edits whose marks differ most.
     """
     images = ("source", "chosen", "rejected") if kind == "reward" else ("source", "edit")
-    fields, stem, text = KINDS[kind][2], f"{kind}_{file_name(label)}", ""
-    read = [row for row in rows if None not in [row[k] for k in fields]]
+    (headline, *marks), stem, text = KINDS[kind][1], f"{kind}_{file_name(label)}", ""
+    read = [row for row in rows if all(row[k] is not None for k in KINDS[kind][1])]
     if kind == "reward":
-        rank = lambda row: row["chosen_score"] - row["rejected_score"]
-        dispute = lambda row: -abs(rank(row))
+        rank, dispute = score_gap, lambda row: -abs(score_gap(row))
         if read:
             draw_choices(out / f"{stem}_people.png", label, read)
             text += f"![judge against people, {label}]({stem}_people.png)\n"
     else:
-        rank = lambda row: row[fields[0]]
-        marks = fields[1:]
+        rank = lambda row: row[headline]
         dispute = lambda row: max(row[k] for k in marks) - min(row[k] for k in marks)
     shown = [row for row in read
-             if all(k in row and (folder / row[k]).is_file() for k in images)]
+             if all(row.get(k) and (folder / row[k]).is_file() for k in images)]
     if shown:
         order = sorted(shown, key=rank)
         sections = {"best": order[:-4:-1], "worst": order[:3],
                     "most disputed": sorted(shown, key=dispute)[:-4:-1]}
-        draw_examples(out / f"{stem}.png", folder, sections, images, fields)
+        draw_examples(out / f"{stem}.png", folder, sections, images, KINDS[kind][1])
         text += f"![examples, {label}]({stem}.png)\n"
     return text if shown else f"{text}No row of {label} names its pictures: no examples.\n"
 
@@ -675,30 +684,25 @@ def draw_rows(out, label, kind, rows, folder):
 def draw_choices(path, label, rows, size=300):
     """The preferred edit's score (across) against the other's (up): below the line is right."""
     scores = [row[k] for row in rows for k in ("chosen_score", "rejected_score")]
-    low, span = min(scores), max(scores) - min(scores) or 1
-    sheet = Image.new("RGB", (size + 40, size + 60), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    draw.text((8, 4), f"{label}: score of the preferred edit (across)\nand of the other (up), "
-                      f"{low:.3g} to {low + span:.3g}", "black", font)
+    sheet, draw = blank(size + 40, size + 60, f"{label}: score of the preferred edit (across)\n"
+                        f"and of the other (up), {min(scores):.3g} to {max(scores):.3g}")
     draw.rectangle([20, 40, 20 + size, 40 + size], outline="#dddddd")
     draw.line([(20, 40 + size), (20 + size, 40)], "#999999")
-    colours = {"right": "#2166ac", "wrong": "#d9730d", "tie": "#999999"}
-    spots = Counter((row["chosen_score"], row["rejected_score"], pair_outcome(row)) for row in rows)
-    for (chosen, rejected, outcome), count in spots.items():
-        x, y = ((score - low) / span * size for score in (chosen, rejected))
-        draw.circle((20 + x, 40 + size - y), min(12, 1 + math.sqrt(count)), colours[outcome])
+    x, y = axis(scores, 20, 20 + size), axis(scores, 40 + size, 40)
+    for (chosen, rejected), count in Counter(
+            (row["chosen_score"], row["rejected_score"]) for row in rows).items():
+        colour = "#2166ac" if chosen > rejected else "#d9730d" if chosen < rejected else "#999999"
+        draw.circle((x(chosen), y(rejected)), min(12, 1 + math.sqrt(count)), colour)
     sheet.save(path)
 
 
-def draw_examples(path, folder, sections, images, fields, size=150):
+def draw_examples(path, folder, sections, images, numbers, size=150):
     """{title: rows}, a line each: the pictures of a row, its scores and how its verdict ends."""
     columns, wide = max(map(len, sections.values())), len(images) * (size + 6) + 14
-    sheet = Image.new("RGB", (columns * wide + 8, len(sections) * (size + 130)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    sheet, draw = blank(columns * wide + 8, len(sections) * (size + 130), "")
     for i, (title, rows) in enumerate(sections.items()):
         top = i * (size + 130)
-        text = f"{title}: {', '.join(images)}"
-        draw.text((8, top + 4), text, "black", ImageFont.load_default(14))
+        draw.text((8, top + 4), f"{title}: {', '.join(images)}", "black", font_size=14)
         for j, row in enumerate(rows):
             left = 8 + j * wide
             for k, name in enumerate(images):
@@ -709,9 +713,9 @@ def draw_examples(path, folder, sections, images, fields, size=150):
             said = next((row[k] for k in ("SC_reply", "reply", "chosen_replies") if row.get(k)), "")
             said = said if isinstance(said, str) else said[0]
             lines = [f"{row['id']}: {row.get('instruction', '')}",
-                     "  ".join(f"{k} {row[k]:.3g}" for k in fields), "... " + said[-160:]]
+                     "  ".join(f"{k} {row[k]:.3g}" for k in numbers), "... " + said[-160:]]
             lines = [part for line in lines for part in textwrap.wrap(line, wide // 6)[:4]]
-            draw.multiline_text((left, top + 30 + size), "\n".join(lines[:7]), "#333333", font)
+            draw.text((left, top + 30 + size), "\n".join(lines[:7]), "#333333", font_size=11)
     sheet.save(path)
 
 
@@ -728,21 +732,37 @@ def last_line(rows, done, failed, more):
 
 def run_reward(config):
     """pairs -> scores.jsonl, reward.json."""
+    require(config, "out")
     if bool(config.scores) == bool(config.pairs and config.vlm):
         raise SystemExit("Give either --pairs and --vlm, or --scores.")
-    require(config, "out")
-    images, folder = ("source", "chosen", "rejected"), Path(config.pairs).parent
-    temperature = config.temperature or float(config.samples > 1)
-    if not config.scores:
-        hint = "The README, stage 4, says how to make it."
-        voted = "left" in read_rows(config.pairs, (), hint)[0]
-        sides = ("left", "right", "vote") if voted else images[1:]
-        needs = ("source", *sides, "instruction", "principles")
-        rows = read_rows(config.pairs, needs, hint)
-        check_votes(config.pairs, rows)
-        rows = [as_pair(row) for row in rows]
-        check_images(config.pairs, rows, images)
-        model_name = claim(config)
+    tie_rows = read_scores(config.tie_split, "reward") if config.tie_split else None
+    if config.scores and Path(config.out, "config.json").exists():
+        raise SystemExit(f"{config.out} holds results of a model. Give another --out.")
+    if config.scores:
+        scores, failed = read_scores(config.scores, "reward"), len(failed_rows(config.scores))
+        done = len(scores)
+    elif result := score_pairs(config):
+        scores, done, failed = result
+    else:
+        return                                   # a rank that only helps
+    found = reward_summary(scores, tie_rows) | dict(failed=failed)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    Path(config.out, "reward.json").write_text(json.dumps(found, indent=1))
+    print(summary_table({Path(config.out).name: found}, "reward") + reward_tables(found))
+    last_line(len(scores) + failed, done, failed, f"unparsed {found['unparsed']}")
+
+
+def score_pairs(config):
+    """Ask the VLM about both edits of every pair; returns what score_rows does."""
+    rows = read_rows(config.pairs, ("source", "instruction", "principles"),
+                     "The README, stage 4, says how to make it.")
+    rows, images = as_pairs(config.pairs, rows), ("source", "chosen", "rejected")
+    for number, row in enumerate(rows, 1):
+        if missing := [k for k in images if k not in row]:
+            raise SystemExit(f"{config.pairs}, line {number}: no field {', '.join(missing)}. A "
+                             "pair has chosen and rejected, or left, right and vote.")
+    check_images(config.pairs, rows, images)
+    model_name, folder = claim(config), Path(config.pairs).parent
 
     def questions(row):
         source, *edits = (open_image(folder, row[k]) for k in images)
@@ -755,57 +775,58 @@ def run_reward(config):
         for side, texts in zip(images[1:], replies):
             verdicts = [parse_verdict(text, len(row["principles"])) for text in texts]
             each = [verdict and verdict[2] for verdict in verdicts]               # τ; None = unread
-            read = [tau for tau in each if tau is not None]
-            result |= {f"{side}_score": sum(read) / len(read) if read else None,
-                       f"{side}_scores": each, f"{side}_replies": texts}
+            result |= {f"{side}_score": mean(each), f"{side}_scores": each,
+                       f"{side}_replies": texts}
         return result
 
-    if config.scores:
-        (kind, scores), new, failed = read_scores(config.scores), 0, 0
-        if kind != "reward":
-            raise SystemExit(f"{config.scores} holds scores of edits, not of pairs. "
-                             "Give it to the report.")
-    elif result := score_rows(config, model_name, rows, temperature, questions, score):
-        scores, new, failed = result
-    else:
-        return
-    found = reward_summary(config, scores) | dict(failed=failed)
-    if config.samples > 1 and not config.scores:
-        pairs = ((c, r) for row in scores if not undecided(row)
-                 for c, r in zip(row["chosen_scores"], row["rejected_scores"]))
-        found["at_1"] = pair_metrics([dict(chosen_score=c, rejected_score=r) for c, r in pairs])
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    Path(config.out, "reward.json").write_text(json.dumps(found, indent=1))
-    print(summary_table({Path(config.out).name: found}, "reward") + reward_tables(found))
-    last_line(len(scores) + failed, new, failed, f"unparsed {found['unparsed']}")
+    temperature = config.temperature or float(config.samples > 1)
+    return score_rows(config, model_name, rows, temperature, questions, score)
 
 
-def reward_summary(config, scores):
-    """All of reward.json: pairs that people decided, rankings, and votes in three classes."""
+def reward_summary(scores, tie_rows):
+    """All of reward.json: pairs that people decided, rankings, and votes in three classes.
+
+    tie_rows: rows that fit the tie threshold; None: half of the sources, which then do not count.
+    """
     decided = [row for row in scores if not undecided(row)]
     found = summarise(decided, "reward") | dict(baselines=baselines(decided))
+    dimensions = sorted({row["dimension"] for row in decided if row.get("dimension")}, key=str)
+    if dimensions:
+        found["by_dimension"] = {
+            name: summarise([row for row in decided if row.get("dimension") == name], "reward")
+            for name in dimensions}
+    if any(len(row.get("chosen_scores", ())) > 1 for row in decided):
+        found["at_1"] = pair_metrics([
+            dict(chosen_score=c, rejected_score=r) for row in decided
+            for c, r in zip(row["chosen_scores"], row["rejected_scores"])])
     if any(row.get("group") is not None for row in scores):
         found["groups"] = group_metrics(scores)
     if not any(map(undecided, scores)):
         return found
     votes = [row for row in scores if "vote" in row]
-    if config.tie_split:
-        tie_rows = [row for row in read_scores(config.tie_split)[1] if "vote" in row]
-        if both := {row["id"] for row in tie_rows} & {row["id"] for row in votes}:
-            raise SystemExit(f"{config.tie_split} has rows of the test, such as "
-                             f"{min(both, key=str)!r}: the threshold would be fitted on them.")
-    else:
-        tie_rows = [row for row in votes if coin(row.get("source", row["id"]))]
-        votes = [row for row in votes if not coin(row.get("source", row["id"]))]
+    if tie_rows is None:                         # by the picture's name: paths depend on --out
+        heads = [coin(Path(str(source_of(row))).name) for row in votes]
+        tie_rows = [row for row, head in zip(votes, heads) if head]
+        votes = [row for row, head in zip(votes, heads) if not head]
+    elif both := {row["id"] for row in tie_rows} & {row["id"] for row in votes}:
+        raise SystemExit(f"--tie_split has rows of the test, such as {min(both, key=str)!r}: "
+                         "the threshold would be fitted on them.")
+    tie_rows = [row for row in tie_rows if "vote" in row]
     return found | dict(votes=vote_metrics(votes, tie_rows))
 
 
-def check_votes(path, rows):
-    """Stop at a row whose `vote` is none of the four."""
+def as_pairs(path, rows):
+    """left and right, images and scores, as chosen and rejected by the vote; a tie: in order."""
     for number, row in enumerate(rows, 1):
-        if "vote" in row and not (row["vote"] in ("left", "right") or undecided(row)):
+        if "vote" not in row:
+            continue
+        if row["vote"] not in ("left", "right") and not undecided(row):
             raise SystemExit(f"{path}, line {number} ({row['id']}): vote must be left, right, tie "
                              "or both bad.")
+        sides = ("right", "left") if row["vote"] == "right" else ("left", "right")
+        for side, name in zip(sides, ("chosen", "rejected")):
+            row |= {name + end: row.pop(side + end) for end in ("", "_score") if side + end in row}
+    return rows
 
 
 def run_edit(config):
@@ -845,33 +866,31 @@ def run_edit(config):
 def run_judge(config):
     """edits -> scores.jsonl."""
     require(config, "edits", "vlm", "out")
+    if config.rubric not in RUBRICS:
+        raise SystemExit(f"--rubric is one of {', '.join(RUBRICS)}.")
     rows = read_rows(config.edits, ("source", "instruction", "edit"),
                      "Make it with `evaluate.py edit`.")
     folder, images = Path(config.edits).parent, ("source", "edit")
     check_images(config.edits, rows, images)
-    if config.rubric not in RUBRICS:
-        raise SystemExit(f"--rubric is one of {', '.join(RUBRICS)}.")
     model_name, calls = claim(config), RUBRICS[config.rubric]
 
     def questions(row):
         pictures = [open_image(folder, row[k]) for k in images]
         chats = judge_chats(*pictures, row["instruction"], config.rubric)
-        return [(chat, [("judge",)]) for chat in chats]       # no id: equal pictures, one reply
+        return [(chat, [("judge",)]) for chat in chats]
 
     def score(row, replies):
-        result = move_paths(row, images, folder, config.out)
-        read = [parse_marks(text, *marks) for (text,), (_, *marks) in zip(replies, calls)]
-        for found, (text,), (name, marks, *_) in zip(read, replies, calls):
+        result, lists = move_paths(row, images, folder, config.out), []
+        for (name, marks, low, high), [text] in zip(calls, replies):
+            found = parse_marks(text, marks, low, high)
             result |= (found or dict.fromkeys(marks)) | {name: text}
-        result["refused"] = any(not text.strip() for text, in replies)
-        lists = [found and list(found.values()) for found in read]
+            lists.append(found and list(found.values()))
+        result["refused"] = any(not text.strip() for [text] in replies)
         if config.rubric == "imgedit":
             return result | dict(score=imgedit_score(*lists, config.cap))
         return result | edit_scores(*lists)
 
-    kept = Path(config.replies or Path(config.out, "replies.jsonl"))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    if result := score_rows(config, model_name, rows, 0.0, questions, score, kept):
+    if result := score_rows(config, model_name, rows, 0.0, questions, score):
         scores, new, failed = result
         kind = "imgedit" if config.rubric == "imgedit" else "editor"
         found = summarise(scores, kind)
@@ -880,30 +899,31 @@ def run_judge(config):
         last_line(len(rows), new, failed, more)
 
 
-def read_scores(path):
-    """(kind, rows) of a scores.jsonl: the scores of pairs or of edits, each a number or null."""
-    rows = read_rows(path, (), "Make it with `evaluate.py reward` or `evaluate.py judge`.")
-    check_votes(path, rows)
-    rows = [as_pair(row) for row in rows]
-    kind = ("reward" if "chosen_score" in rows[0] else
+def kind_of(rows):
+    """Which kind of scores.jsonl these rows are of."""
+    return ("reward" if "chosen_score" in rows[0] else
             "imgedit" if "compliance" in rows[0] else "editor")
+
+
+def read_scores(path, kind=None):
+    """The rows of a scores.jsonl, of pairs or of edits, with each number there, or null."""
+    rows = read_rows(path, (), "Make it with `evaluate.py reward` or `evaluate.py judge`.")
+    rows = as_pairs(path, rows)
+    if kind and kind_of(rows) != kind:
+        raise SystemExit(f"{path} holds scores of edits, not of pairs. Give it to the report.")
     for number, row in enumerate(rows, 1):
-        for k in KINDS[kind][2]:
+        for k in KINDS[kind_of(rows)][1]:
             if k not in row or not (row[k] is None or is_number(row[k])):
                 raise SystemExit(f"{path}, line {number} ({row['id']}): {k} must be a number or "
                                  "null (unread). Pairs have chosen_score and rejected_score, "
                                  "or vote, left_score and right_score; edits have SC, PQ and O.")
-    return kind, rows
+    return rows
 
 
-def as_pair(row):
-    """left and right by the vote as chosen and rejected, images and scores; undecided: in order."""
-    if "vote" not in row:
-        return row
-    sides = ("right", "left") if row["vote"] == "right" else ("left", "right")
-    named = {name + end: row[side + end] for name, side in zip(("chosen", "rejected"), sides)
-             for end in ("", "_score") if side + end in row}
-    return {k: v for k, v in row.items() if k not in ("left", "right")} | named
+def failed_rows(path):
+    """The rows of scores.failed.jsonl beside a scores.jsonl, if there are any."""
+    failures = Path(path).with_suffix(".failed.jsonl")
+    return read_rows(failures, (), "") if failures.exists() else []
 
 
 def labelled(items):
@@ -925,19 +945,23 @@ def check_complete(files, config):
     """{label: ids of missing rows}; stops if there are any, unless config.allow_missing.
 
     Expected are the rows of every file of the same kind and its scores.failed.jsonl, and those of
-    config.expected, in which an id may lack the /seed that `edit` has added.
+    config.expected, in which an id may lack the /seed that `edit` has added: then every seed of the
+    file is expected.
     """
     wanted, missing = {}, {}
-    for path, kind, rows in files.values():
-        failures = Path(path).with_suffix(".failed.jsonl")
-        failed = read_rows(failures, (), "") if failures.exists() else []
-        wanted.setdefault(kind, {}).update(dict.fromkeys(str(row["id"]) for row in rows + failed))
+    for path, rows in files.values():
+        names = wanted.setdefault(kind_of(rows), {})
+        names.update(dict.fromkeys(str(row["id"]) for row in rows + failed_rows(path)))
     more = read_rows(config.expected, (), "Or leave --expected out.") if config.expected else []
-    for label, (path, kind, rows) in files.items():
+    for label, (path, rows) in files.items():
         ids = {str(row["id"]) for row in rows}
-        bare = ids | {name.rpartition("/")[0] for name in ids}
-        lost = dict.fromkeys([name for name in wanted[kind] if name not in ids]
-                             + [str(row["id"]) for row in more if str(row["id"]) not in bare])
+        seeds = sorted({name.rpartition("/")[2] for name in ids})
+        lost = dict.fromkeys(name for name in wanted[kind_of(rows)] if name not in ids)
+        for name in [str(row["id"]) for row in more if str(row["id"]) not in ids]:
+            seeded_names = [f"{name}/{seed}" for seed in seeds]
+            found = any(each in ids for each in seeded_names)
+            lost |= dict.fromkeys(each for each in (seeded_names if found else [name])
+                                  if each not in ids)
         if lost:
             missing[label] = list(lost)
             names = ", ".join(missing[label][:20]) + (", ..." if len(lost) > 20 else "")
@@ -951,39 +975,41 @@ def check_complete(files, config):
 
 def report_kind(kind, rows):
     """(dict, Markdown) of all files of a kind, {label: rows}: over every id, shared ids, gains."""
-    values, labels = KINDS[kind][1], list(rows)
-    headline = next(iter(values))
+    names, numbers = KINDS[kind]
     found = {label: summarise(part, kind) for label, part in rows.items()}
+    report, gains = {kind: found, kind + "_gains": {}}, []
     text = f"\n## {kind.capitalize()}\n\nEvery row:\n\n{summary_table(found, kind)}"
-    report = {kind: found}
     if len(rows) > 1:
-        read = [{row["id"] for row in part if None not in [row[k] for k in KINDS[kind][2]]}
+        read = [{row["id"] for row in part if all(row[k] is not None for k in numbers)}
                 for part in rows.values()]
         both = set.intersection(*read)
         shared = {label: summarise([row for row in part if row["id"] in both], kind)
                   for label, part in rows.items()}
         report[kind + "_shared"] = shared
         text += f"Rows that every file has read:\n\n{summary_table(shared, kind)}"
-    rows = {label: part if found[label][headline] is not None else []
-            for label, part in rows.items()}
-    gains = {f"{a} to {b}": {k: paired_gain(rows[a], rows[b], v) for k, v in values.items()}
-             for a, b in zip(labels, labels[1:])}
-    text += markdown_table(
-        ["gain on the same ids", "of", "n", "left out", "mean", "95 %"],
-        [[name, k, gain["n"], gain["left_out"], gain["mean"], (gain["low"], gain["high"])]
-         for name, each in gains.items() for k, gain in each.items() if gain["n"] or k == headline])
-    tasks = sorted({task for s in found.values() for task in s["by_task"]})
-    cells = {(label, task): "-" if m[headline] is None else f"{m[headline]:.3f} ({m['n']})"
-             for label, s in found.items() for task, m in s["by_task"].items()}
-    text += markdown_table([f"task: {headline} (n)", *labels], [
-        [task, *(cells.get((label, task)) for label in labels)] for task in tasks])
-    return report | {kind + "_gains": gains}, text
+    for a, b in zip(rows, list(rows)[1:]):
+        known = [rows[label] if found[label][names[0]] is not None else [] for label in (a, b)]
+        each = {k: paired_gain(*known, lambda row: value_of(row, kind, k)) for k in names}
+        report[kind + "_gains"][f"{a} to {b}"] = each
+        gains += [{"gain on the same ids": f"{a} to {b}", "of": k, "n": gain["n"],
+                   "left out": gain["left_out"], "mean": gain["mean"],
+                   "95 %": (gain["low"], gain["high"])} for k, gain in each.items()
+                  if gain["n"] or k == names[0]]
+    text += markdown_table(gains)
+    tasks = []
+    for task in sorted({task for s in found.values() for task in s["by_task"]}, key=str):
+        line = {f"task: {names[0]} (n)": task}
+        for label, s in found.items():
+            m = s["by_task"].get(task, {names[0]: None, "n": 0})
+            line[label] = "-" if m[names[0]] is None else f"{m[names[0]]:.3f} ({m['n']})"
+        tasks.append(line)
+    return report, text + markdown_table(tasks)
 
 
 def run_report(config):
     """scores.jsonl and metrics.jsonl files -> report.json, report.md, pictures."""
     require(config, "out", *(() if config.metrics else ("scores",)))
-    files = {label: (path, *read_scores(path)) for label, path in labelled(config.scores).items()}
+    files = {label: (path, read_scores(path)) for label, path in labelled(config.scores).items()}
     runs = {label: read_metrics(path) for label, path in labelled(config.metrics).items()}
     missing = check_complete(files, config)
     out, report, text = Path(config.out), {}, "# Report\n"
@@ -992,19 +1018,19 @@ def run_report(config):
         report["missing"] = missing
         text += "".join(f"\n{label} lacks {len(ids)} rows: {', '.join(ids)}\n"
                         for label, ids in missing.items())
-    for kind in dict.fromkeys(kind for _, kind, _ in files.values()):
-        rows = {label: [row for row in part if not undecided(row)]
-                for label, (_, k, part) in files.items() if k == kind}
-        found, more = report_kind(kind, rows)
+    for kind in dict.fromkeys(kind_of(rows) for _, rows in files.values()):
+        same = {label: [row for row in rows if not undecided(row)]
+                for label, (_, rows) in files.items() if kind_of(rows) == kind}
+        found, more = report_kind(kind, same)
         report, text = report | found, text + more
         if config.pictures:
-            headline = next(iter(KINDS[kind][1]))
+            headline = KINDS[kind][0][0]
             draw_tasks(out / f"tasks_{kind}.png", found[kind], headline)
             text += f"![{headline} by task](tasks_{kind}.png)\n"
-            for label, part in rows.items():
-                text += draw_rows(out, label, kind, part, Path(files[label][0]).parent)
+            for label, rows in same.items():
+                text += show_rows(out, label, kind, rows, Path(files[label][0]).parent)
     if runs:
-        draw_curves(out / "curves.png", runs, config.keys)
+        draw_curves(out / "curves.png", runs)
         text += "![curves](curves.png)\n"
     (out / "report.json").write_text(json.dumps(report, indent=1))
     (out / "report.md").write_text(text)
@@ -1013,7 +1039,11 @@ def run_report(config):
 
 def read_metrics(path):
     """The whole lines of a metrics.jsonl; the run that writes it may still be going on."""
-    rows = [json.loads(line) for line in Path(path).read_text().rpartition("\n")[0].splitlines()]
+    try:
+        lines = Path(path).read_text().rpartition("\n")[0].splitlines()
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise SystemExit(f"{path}: a line is not JSON ({error}). Remove it.")
     return [dict(step=number) | row for number, row in enumerate(rows, 1)]
 
 
@@ -1128,6 +1158,8 @@ def open_image(folder, name):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "IF":                           # Pillow would clip 16-bit grey to white
             raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
+        if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
+            raise ValueError("one side is more than 200 times the other")
         image = image.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "it")

@@ -552,6 +552,8 @@ def open_image(folder, name):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "IF":                           # Pillow would clip 16-bit grey to white
             raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
+        if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
+            raise ValueError("one side is more than 200 times the other")
         image = image.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "it")

@@ -42,7 +42,7 @@ def command(monkeypatch, *words):
 def test_pair_metrics_by_hand():
     """Two right, one wrong, one tie, one unread: every reading has its own value."""
     m = pair_metrics([pair(8, 3), pair(8.5, 8.4), pair(2, 9), pair(5, 5), pair(None, 1)])
-    assert m == dict(n=5, strict=2 / 5, half=2.5 / 5, non_tied=2 / 3, tie_rate=1 / 5, unparsed=1)
+    assert m == dict(n=5, strict=2 / 5, half=2.5 / 5, non_tied=2 / 3, tie_rate=1 / 5, unparsed=1, unparsed_rate=1 / 5)
 
 
 def test_pair_metrics_by_brute_force():
@@ -59,7 +59,7 @@ def test_pair_metrics_by_brute_force():
             tie += None not in (c, r) and c == r
         m = pair_metrics(rows)
         assert right + wrong + tie + unread == m["n"] == len(rows) and m["unparsed"] == unread
-        assert m["tie_rate"] == tie / m["n"]
+        assert m["tie_rate"] == (tie / m["n"] if unread < m["n"] else None) and m["unparsed_rate"] == unread / m["n"]
         assert m["non_tied"] == (right / (right + wrong) if right + wrong else None)
         if unread == len(rows):
             assert m["strict"] is m["half"] is None
@@ -113,7 +113,8 @@ def test_groups_by_hand():
     assert (found["n"], found["accuracy"]) == (4, 0.5) and found["low"] <= 0.5 <= found["high"]
     assert found["by_k"] == {2: dict(n=2, accuracy=0.5), 3: dict(n=2, accuracy=0.5)}
     unread = group_metrics([pair(None, 1, group="c"), pair(None, 2, group="d")])
-    assert unread == dict(n=2, accuracy=None, low=None, high=None, by_k={2: dict(n=2, accuracy=None)})
+    assert unread == dict(n=2, accuracy=None, low=None, high=None, short=0, by_k={2: dict(n=2, accuracy=None)})
+    assert group_metrics([pair(3, 2, group="a", candidates=4), pair(3, 2, group="b", candidates=2)])["short"] == 1
     assert group_metrics([pair(1, 0)])["n"] == 0
     assert list(group_metrics([pair(1, 0, group="a", candidates=4)] * 5)["by_k"]) == [4]     # one comparison was lost
 
@@ -505,6 +506,36 @@ def test_scores_with_votes_and_groups(monkeypatch, tmp_path, capsys):
         command(monkeypatch, *reward, tmp_path / "s.jsonl")
 
 
+def test_equal_means_tie_whatever_their_rounding():
+    """8.1, 8.2, 8.3 and 8.3, 8.2, 8.1 have one mean, but not one sum in floating point; nor has 8.3 - 8.0 5.3 - 5.0."""
+    up, down = sum([8.1, 8.2, 8.3]) / 3, sum([8.3, 8.2, 8.1]) / 3
+    assert up != down and pair_outcome(pair(up, down)) == "tie" and pair_outcome(pair(8.2, 8.1)) == "right"
+    votes = [pair(5.3, 5.0, vote="tie"), pair(9, 1, vote="left")]
+    assert evaluate.vote_right(pair(8.3, 8.0, vote="tie"), evaluate.fit_tie_threshold(votes)) == 1
+
+
+def test_reward_by_dimension_and_what_failed(monkeypatch, tmp_path, capsys):
+    """Every dimension has its own accuracy; rows that failed are counted; a model's results are not written over."""
+    rows = [pair(2, 1, dimension="overall"), pair(1, 2, dimension="prompt"), pair(1, 2, dimension="prompt")]
+    path = write_rows(tmp_path / "s.jsonl", rows)
+    write_rows(tmp_path / "s.failed.jsonl", [dict(id="lost", error="Timeout")])
+    command(monkeypatch, "reward", "--scores", path, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/reward.json").read_text())
+    assert {k: (d["n"], d["strict"]) for k, d in found["by_dimension"].items()} == {"overall": (1, 1), "prompt": (2, 0)}
+    assert found["failed"] == 1 and "rows in 4, done 3, skipped 0, failed 1" in capsys.readouterr().out
+    (tmp_path / "out/config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds results of a model"):
+        command(monkeypatch, "reward", "--scores", path, "--out", tmp_path / "out")
+
+
+def test_the_tie_split_does_not_depend_on_where_the_scores_lie():
+    """A half of the sources, by the picture's name: the same rows from every folder."""
+    def split(folder):
+        rows = [pair(i % 7, 3, vote=("left", "right", "tie")[i % 3], source=f"{folder}images/{i}.png") for i in range(40)]
+        return evaluate.reward_summary(rows, None)["votes"]
+    assert split("") == split("../../in/") and 0 < split("")["n"] < 40
+
+
 # ------------------------------------------------------------------ a server
 
 @pytest.fixture
@@ -514,7 +545,7 @@ def server(monkeypatch, bench):
     trouble -> None, a reply, or 'hang', 'half' (a torn body), 'junk' (no JSON), an HTTP status. Waiting costs no time.
     """
     import huggingface_hub
-    state = types.SimpleNamespace(trouble=lambda i: None, seen=[], busy=0, most=0, waits=[],
+    state = types.SimpleNamespace(trouble=lambda i: None, models=["org/judge"], seen=[], busy=0, most=0, waits=[],
                                   release=threading.Event(), lock=threading.Lock())
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -529,7 +560,8 @@ def server(monkeypatch, bench):
             self.wfile.write(text.encode())
 
         def do_GET(self):
-            self.send(json.dumps(dict(data=[dict(id="org/judge")])) if self.path == "/v1/models" else "", 200)
+            models = dict(data=[dict(id=name) for name in state.models])
+            self.send(json.dumps(models) if self.path == "/v1/models" else "", 200)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -673,27 +705,38 @@ def test_ugly_judge(monkeypatch, tmp_path, bench, server, capsys):
     assert found["restraint"] == pytest.approx(sum(r["restraint"] for r in rows[6:]) / 6)
 
 
-def test_replies_are_kept_and_shared(monkeypatch, tmp_path, bench, server):
-    """A second editor that made the same picture costs nothing; another size, rubric or model is asked anew."""
-    replies = ("--replies", tmp_path / "replies.jsonl")
-    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "a", *replies))
-    kept = read_rows(tmp_path / "replies.jsonl")
-    assert len(kept) == len({row["id"] for row in kept}) == len(server.seen) == 24
+def test_a_rerun_keeps_no_score_of_another_picture(monkeypatch, tmp_path, bench, server):
+    """Replies stand beside a hash of model, prompt and pixels: what has changed since stops the rerun and is named."""
+    judge = server_flags("judge", bench, server, tmp_path / "a")
+    command(monkeypatch, *judge)
+    rows, edits = read_rows(tmp_path / "a/scores.jsonl"), read_rows(bench.parent / "edits.jsonl")
+    assert len({row["asked"] for row in rows}) == len(rows) == 12 and all(row["SC_reply"] for row in rows)
     assert all(body["temperature"] == 0 and body["max_tokens"] == 512 for _, body, _ in server.seen)
-    edits = bench.parent / "edits.jsonl"
-    rows = [row | dict(id=row["id"] + "/b", edit=row["edit"].replace(".png", "_b.png")) for row in read_rows(edits)]
-    for row in rows:
-        shutil.copy(bench.parent / row["chosen"], bench.parent / row["edit"])
-    write_rows(edits, rows)
-    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "b", *replies))
+    command(monkeypatch, *judge)
     assert len(server.seen) == 24
-    marks = [[row["O"] for row in read_rows(tmp_path / x / "scores.jsonl")] for x in "ab"]
-    assert marks[0] == marks[1]
-    Image.new("RGB", (70, 40), (100,) * 3).save(bench.parent / rows[0]["edit"])      # as grey as before, but wider
-    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "c", *replies))
-    assert len(server.seen) == 26 and server.seen[-1][1]["sizes"][-1] == (70, 40)
-    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "d", *replies, "--rubric", "imgedit"))
-    assert len(server.seen) == 38 and all(row["score"] == 3 for row in read_rows(tmp_path / "d/scores.jsonl"))
+    picture = bench.parent / edits[3]["edit"]
+    shutil.copy(bench.parent / edits[2]["edit"], picture)
+    with pytest.raises(SystemExit, match=f"row {edits[3]['id']} was judged on other pictures"):
+        command(monkeypatch, *judge)
+    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "b"))
+    again = read_rows(tmp_path / "b/scores.jsonl")
+    assert again[2]["asked"] == again[3]["asked"] and again[2]["O"] == again[3]["O"]       # the same pictures
+    Image.new("RGB", (70, 40), (100,) * 3).save(picture)                                   # as grey as before, but wider
+    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "c"))
+    assert read_rows(tmp_path / "c/scores.jsonl")[3]["asked"] not in {row["asked"] for row in rows + again}
+    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "d"), "--rubric", "imgedit")
+    assert all(row["score"] == 3 for row in read_rows(tmp_path / "d/scores.jsonl"))
+
+
+def test_a_server_with_several_models(monkeypatch, tmp_path, bench, server):
+    """Which one is asked is said, never guessed."""
+    server.models = ["org/judge", "org/judge-lora"]
+    with pytest.raises(SystemExit, match="serves org/judge, org/judge-lora: write .*#NAME"):
+        command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "a"))
+    server.url += "#org/judge-lora"
+    command(monkeypatch, *server_flags("judge", bench, server, tmp_path / "a"))
+    assert {body["model"] for _, body, _ in server.seen} == {"org/judge-lora"}
+    assert json.loads((tmp_path / "a/config.json").read_text())["vlm"] == "org/judge-lora"
 
 
 # ------------------------------------------------------------------ edits
@@ -766,8 +809,6 @@ def test_report(monkeypatch, tmp_path):
     assert "| better | 10 | 0.800 |" in text and "| before to after | O | 4 | 1 | 2.000 | [2.000, 2.000] |" in text
     picture = Image.open(tmp_path / "r/curves.png")
     assert picture.width == 720 and len(picture.getcolors(1 << 20)) > 10
-    command(monkeypatch, "report", "--metrics", f"{tmp_path}/gcpo.jsonl", "--keys", "win_rate", "--out", tmp_path / "k")
-    assert Image.open(tmp_path / "k/curves.png").size == (360, 28 + 110)
 
 
 def test_report_of_an_unreadable_file_has_no_gain(monkeypatch, tmp_path):
@@ -855,7 +896,8 @@ def test_bad_input_says_what_to_do(monkeypatch, tmp_path, bench, judge):
     nan = write_rows(tmp_path / "n.jsonl", [pair(1, math.nan)])
     edits = write_rows(tmp_path / "e.jsonl", [dict(id="a", SC=1, PQ=1, O=1)])
     vote = write_rows(tmp_path / "v.jsonl", [pair(1, 0, vote="both")])
-    edit = bench.parent / "edits.jsonl"
+    edit, torn = bench.parent / "edits.jsonl", tmp_path / "torn.jsonl"
+    torn.write_text('{"step": 1\n{"step": 2}\n')
     (bench.parent / "broken.png").write_bytes(b"no picture")
     for words, message in [
             (("reward", "--out", out), "either --pairs and --vlm, or --scores"),
@@ -877,7 +919,8 @@ def test_bad_input_says_what_to_do(monkeypatch, tmp_path, bench, judge):
             (("report", "--scores", tmp_path / "no.jsonl", "--out", out), "not found"),
             (("report", "--scores", bench, "--out", out), "O must be a number"),
             (("report", "--scores", scores, scores, "--out", out), "Two files are called s"),
-            (("report", "--metrics", f"m={scores}", "--keys", "loss", "--out", out), "No numbers to draw"),
+            (("report", "--metrics", f"m={torn}", "--out", out), "a line is not JSON"),
+            (("reward", *pairs(rows)[1:], "--tie_split", edits), "scores of edits, not of pairs"),
             (("rewards",), "Say what to do"), ((), "Say what to do")]:
         with pytest.raises(SystemExit, match=message):
             command(monkeypatch, *words)

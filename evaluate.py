@@ -137,7 +137,7 @@ def require(config, *names):
 def claim(config):
     """--out is new, or holds a run of the same settings and weights, which then goes on.
 
-    -> the VLM's name, which is the served model's for a server, and the time of the newest weights.
+    -> model_id: the VLM's name, of a server the served model's, and the time of the newest weights.
     """
     free = "batch concurrency timeout retries tie_split".split()   # not in the scores
     setting = {k: v for k, v in asdict(config).items() if k not in free}
@@ -198,27 +198,32 @@ RUBRICS = {       # calls to the judge: the name of its reply, of its marks, and
 
 def judge_chats(source, edit, instruction, rubric="viescore"):
     """The judge's prompts: SC about the change, PQ about the edited image alone; or ImgEdit's."""
+    rules = IMGEDIT_RULES if rubric == "imgedit" else SC_RULES
     both = [{"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
             {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-            {"type": "text", "text": f"\nInstruction: {instruction}\n"
-                                     f"{IMGEDIT_RULES if rubric == 'imgedit' else SC_RULES}"}]
-    pq = [{"type": "image", "image": edit}, {"type": "text", "text": f"\n{PQ_RULES}"}]
-    return [[{"role": "user", "content": c}] for c in (both, pq)][:len(RUBRICS[rubric])]
+            {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]
+    alone = [{"type": "image", "image": edit}, {"type": "text", "text": f"\n{PQ_RULES}"}]
+    calls = [both] if rubric == "imgedit" else [both, alone]
+    return [[{"role": "user", "content": content}] for content in calls]
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def parse_marks(text, names, low=0, high=10):
     """{name: mark} from the last JSON object of just these names in `text`, or None.
 
-    Marks are numbers in low..high; on the scale that begins at 1 whole ones.
+    Marks are numbers in low..high; on ImgEdit's scale, which begins at 1, whole ones.
     """
-    kinds = (int,) if low else (int, float)
     for found in reversed(re.findall(r"\{[^{}]*\}", text)):
         try:
             marks = json.loads(found)
         except (ValueError, RecursionError):
             continue
         if set(marks) == set(names):
-            good = all(type(mark) in kinds and low <= mark <= high for mark in marks.values())
+            good = all(is_number(mark) and low <= mark <= high and (low == 0 or mark % 1 == 0)
+                       for mark in marks.values())
             return {name: marks[name] for name in names} if good else None
     return None
 
@@ -486,9 +491,9 @@ def ask_server(config, model, chats, keys, temperature):
         return list(pool.map(reply, [m for m in messages for _ in range(n)], keys))
 
 
-def fingerprint(model_name, config, asked):
+def fingerprint(model_id, config, asked):
     """A hash of all that decides a row's replies: model, settings, prompts, pictures' pixels."""
-    digest = hashlib.sha256(repr((model_name, config.max_new, config.max_pixels)).encode())
+    digest = hashlib.sha256(repr((model_id, config.max_new, config.max_pixels)).encode())
     for chat, keys in asked:
         for part in chat[0]["content"]:
             image = part.get("image")
@@ -498,7 +503,7 @@ def fingerprint(model_name, config, asked):
     return digest.hexdigest()
 
 
-def score_rows(config, model_name, rows, temperature, questions, score):
+def score_rows(config, model_id, rows, temperature, questions, score):
     """Ask about every row that scores.jsonl lacks, and write each batch before the next one begins.
 
     questions(row) -> [(chat, keys)], a reply per key; score(row, [[reply, ...], ...]) -> new row.
@@ -509,7 +514,7 @@ def score_rows(config, model_name, rows, temperature, questions, score):
     failures, todo = path.with_suffix(".failed.jsonl"), unfinished(path, rows, rank)
     done = {row["id"]: row["asked"] for row in finished_rows(path, rank)}
     for row in rows:
-        if done.get(row["id"], (now := fingerprint(model_name, config, questions(row)))) != now:
+        if done.get(row["id"], (now := fingerprint(model_id, config, questions(row)))) != now:
             raise SystemExit(f"{path}: row {row['id']} was judged on other pictures or words than "
                              "it has now. Give another --out.")
     if rank == 0:
@@ -525,7 +530,7 @@ def score_rows(config, model_name, rows, temperature, questions, score):
         chats = [chat for each in asked for chat, _ in each]
         keys = [key for each in asked for _, some in each for key in some]
         if server:
-            texts = ask_server(config, model_name[0], chats, keys, temperature)
+            texts = ask_server(config, model_id[0], chats, keys, temperature)
         else:
             texts = ask(model, encode, chats, keys, config.max_new, temperature) if mine else []
         texts, good, bad = iter(texts), [], []
@@ -535,7 +540,7 @@ def score_rows(config, model_name, rows, temperature, questions, score):
             if errors:
                 bad.append(dict(id=row["id"], error=repr(errors[0])))
             else:
-                good.append(score(row, replies) | dict(asked=fingerprint(model_name, config, each)))
+                good.append(score(row, replies) | dict(asked=fingerprint(model_id, config, each)))
         good, bad = gather_rows(good), gather_rows(bad)
         failed += len(bad)
         for file, new in ((path, good), (failures, bad)):
@@ -719,10 +724,6 @@ def draw_examples(path, folder, sections, images, numbers, size=150):
     sheet.save(path)
 
 
-def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 # ------------------------------------------------------------------ the four commands
 
 def last_line(rows, done, failed, more):
@@ -762,7 +763,7 @@ def score_pairs(config):
             raise SystemExit(f"{config.pairs}, line {number}: no field {', '.join(missing)}. A "
                              "pair has chosen and rejected, or left, right and vote.")
     check_images(config.pairs, rows, images)
-    model_name, folder = claim(config), Path(config.pairs).parent
+    model_id, folder = claim(config), Path(config.pairs).parent
 
     def questions(row):
         source, *edits = (open_image(folder, row[k]) for k in images)
@@ -780,7 +781,7 @@ def score_pairs(config):
         return result
 
     temperature = config.temperature or float(config.samples > 1)
-    return score_rows(config, model_name, rows, temperature, questions, score)
+    return score_rows(config, model_id, rows, temperature, questions, score)
 
 
 def reward_summary(scores, tie_rows):
@@ -872,7 +873,7 @@ def run_judge(config):
                      "Make it with `evaluate.py edit`.")
     folder, images = Path(config.edits).parent, ("source", "edit")
     check_images(config.edits, rows, images)
-    model_name, calls = claim(config), RUBRICS[config.rubric]
+    model_id, calls = claim(config), RUBRICS[config.rubric]
 
     def questions(row):
         pictures = [open_image(folder, row[k]) for k in images]
@@ -890,7 +891,7 @@ def run_judge(config):
             return result | dict(score=imgedit_score(*lists, config.cap))
         return result | edit_scores(*lists)
 
-    if result := score_rows(config, model_name, rows, 0.0, questions, score):
+    if result := score_rows(config, model_id, rows, 0.0, questions, score):
         scores, new, failed = result
         kind = "imgedit" if config.rubric == "imgedit" else "editor"
         found = summarise(scores, kind)

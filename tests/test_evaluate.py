@@ -308,6 +308,7 @@ def test_parse_marks(text, marks):
     """Nothing is guessed: two named numbers from 0 to 10, or None."""
     found = parse_marks(text, ("success", "restraint"))
     assert found == (marks and dict(zip(("success", "restraint"), marks)))
+    assert parse_marks('{"success": ' + "[" * 9000 + "}", ("success",)) is None           # deep, but no crash
 
 
 # ------------------------------------------------------------------ the commands, with a judge that follows a script

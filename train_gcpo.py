@@ -37,7 +37,7 @@ Against the paper:
     on 4 x 80 GB), or learned as LoRA on a bf16 model and merged at the end (--lora_rank; then
     --lr 2e-5 or so). The paper trains all weights.
 """
-import argparse, ast, gc, hashlib, inspect, json, math, os, re, shutil, signal, sys, textwrap, time
+import argparse, ast, gc, hashlib, inspect, json, os, re, shutil, signal, sys, textwrap, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -82,7 +82,7 @@ class Config:
     steps: int = 625                     # one epoch of the paper's 10,000 pairs (ours)
     pairs_per_step: int = 16             # preference pairs per step, over all GPUs (ours)
     updates_per_rollout: int = 1         # optimizer steps; with 1 the clip never acts (ours)
-    lr: float = 1e-6                     # AdamW, peak; then a cosine down to 0 (ours)
+    lr: float = 1e-6                     # AdamW, constant after the warm-up (ours)
     warmup: int = 10                     # steps of linear warm-up (ours)
     weight_decay: float = 0.0            # AdamW (ours)
     clip_grad: float = 1.0               # largest norm of the gradient (ours)
@@ -99,7 +99,7 @@ class Config:
 
 
 TOY = dict(max_pixels=0, held_out=48, max_new=128, rollout_images=24, steps=120, pairs_per_step=16,
-           lr=2e-4, warmup=5, micro=8, gradient_checkpointing=False, save_every=10, sample_every=10)
+           lr=1e-4, warmup=5, micro=8, gradient_checkpointing=False, save_every=20, sample_every=20)
 
 
 # ---------------------------------------------------------------- data
@@ -395,8 +395,7 @@ def main():
 
         # ---- update; checkpointing works in train mode only, and no dropout tells the modes apart
         model.train(config.gradient_checkpointing)
-        optimizer.param_groups[0]["lr"] = learning_rate(
-            step, config.steps, config.warmup, config.lr)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
         log_ratio, kl = [torch.zeros(1)], 0.0
         for _ in range(config.updates_per_rollout):
             for k, images in enumerate(passes):
@@ -722,13 +721,6 @@ def batch_rows(n, size, seed, step):
     epoch, place = divmod(step, n // size)
     order = uniforms([("order", seed, epoch)], n)[0].argsort()
     return order[place * size:(place + 1) * size].tolist()
-
-
-def learning_rate(step, steps, warmup, peak):
-    """Linear warm-up, then half a cosine down to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class LoRALinear(nn.Module):

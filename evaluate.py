@@ -512,9 +512,9 @@ def score_rows(config, model_id, rows, temperature, questions, score):
     rank, world, device = setup()
     path, server, failed = Path(config.out, "scores.jsonl"), is_server(config.vlm), 0
     failures, todo = path.with_suffix(".failed.jsonl"), unfinished(path, rows, rank)
-    done = {row["id"]: row["asked"] for row in finished_rows(path, rank)}
+    done = {row["id"]: row.get("asked") for row in finished_rows(path, rank)}
     for row in rows:
-        if done.get(row["id"], (now := fingerprint(model_id, config, questions(row)))) != now:
+        if row["id"] in done and done[row["id"]] != fingerprint(model_id, config, questions(row)):
             raise SystemExit(f"{path}: row {row['id']} was judged on other pictures or words than "
                              "it has now. Give another --out.")
     if rank == 0:
@@ -529,10 +529,12 @@ def score_rows(config, model_id, rows, temperature, questions, score):
         asked = [questions(row) for row in mine]
         chats = [chat for each in asked for chat, _ in each]
         keys = [key for each in asked for _, some in each for key in some]
-        if server:
+        if not mine:                              # the last round may not reach every rank
+            texts = []
+        elif server:
             texts = ask_server(config, model_id[0], chats, keys, temperature)
         else:
-            texts = ask(model, encode, chats, keys, config.max_new, temperature) if mine else []
+            texts = ask(model, encode, chats, keys, config.max_new, temperature)
         texts, good, bad = iter(texts), [], []
         for row, each in zip(mine, asked):
             replies = [[next(texts) for _ in some] for _, some in each]

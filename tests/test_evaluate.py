@@ -729,6 +729,15 @@ def test_a_rerun_keeps_no_score_of_another_picture(monkeypatch, tmp_path, bench,
     assert all(row["score"] == 3 for row in read_rows(tmp_path / "d/scores.jsonl"))
 
 
+def test_two_ranks_share_a_server(monkeypatch, tmp_path, bench, server):
+    """Also where the last round does not reach the second rank: the rows of one rank, in its order."""
+    flags = (*server_flags("judge", bench, server, tmp_path / "one")[:-1], 2)
+    run_script("evaluate.py", *flags)
+    run_script("evaluate.py", *(tmp_path / "two" if flag == tmp_path / "one" else flag for flag in flags), ranks=2)
+    one, two = (read_rows(tmp_path / name / "scores.jsonl") for name in ("one", "two"))
+    assert one == two and len(one) == 12
+
+
 def test_a_server_with_several_models(monkeypatch, tmp_path, bench, server):
     """Which one is asked is said, never guessed."""
     server.models = ["org/judge", "org/judge-lora"]

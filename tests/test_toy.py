@@ -142,3 +142,21 @@ def test_a_stripped_trace_keeps_its_tokens():
         for task in (pretrain.teacher_verdict, pretrain.blind_verdict, pretrain.inspection, pretrain.decomposition):
             _, text = task(rng, row, f)
             assert tokenizer(text.strip()).input_ids == tokenizer(text).input_ids
+
+
+def test_what_the_judge_is_taught_is_what_the_oracle_says():
+    """The marks that its lessons end in give the oracle's SC and PQ, and evaluate.py can read them."""
+    import evaluate
+    import pretrain
+    import pretrain_judge
+    rows, _, _, found = pretrain.mixed_edits(random.Random(1), 60, None)
+    seen = set()
+    for row, f in zip(rows, found):
+        (_, change), (chat, look) = (lesson(None, row, f) for lesson in (pretrain_judge.change_marks, pretrain_judge.picture_marks))
+        marks = [evaluate.parse_marks(text, names) for text, (_, names, *_) in zip((change, look), evaluate.RUBRICS["viescore"])]
+        scores = evaluate.edit_scores(*(list(m.values()) for m in marks))
+        assert scores["SC"] == f["SC"] and scores["PQ"] == pytest.approx(f["PQ"], abs=0.051)
+        assert change.count("\n") == 6 and change == change.strip() and look == look.strip()
+        assert [part["image"] for part in chat[0]["content"] if part["type"] == "image"] == ["edit"]
+        seen.add(scores["SC"])
+    assert seen == {0, 5, 10}

@@ -1,9 +1,10 @@
 """Train the toy's judge: the VLM that marks an editor's pictures in stage 6 (evaluate.py judge).
 
 In the paper this is a large model that has nothing to do with the reward. Here it starts from
-toy/models/vlm, knows the edits of the two editors, and learns evaluate.py's own prompts: success and
-restraint of an edit, naturalness and cleanliness of a picture, true as the oracle reads them. What it
-reads it says first, place by place. It has seen no edit of an editor that Flow-GRPO has changed.
+toy/models/vlm, knows the edits of the two editors, and learns evaluate.py's own prompts: success
+and restraint of an edit, naturalness and cleanliness of a picture, true as the oracle reads them.
+What it sees it says first, place by place. It has seen no edit of an editor that Flow-GRPO has
+changed.
 
     python toy/pretrain_judge.py --out toy/models      # after toy/pretrain.py
 """
@@ -23,8 +24,8 @@ import pretrain as P        # noqa: E402
 import world as W           # noqa: E402
 
 FIXED = [evaluate.SC_RULES, evaluate.PQ_RULES, '{"success": ', ', "restraint": ',
-         '{"naturalness": ', ', "cleanliness": ', ", then", ", now", "Asked:", ". Kept:", "0.0", "5.0",
-         "10.0"]
+         '{"naturalness": ', ', "cleanliness": ', ", then", ", now", "Asked:", ". Kept:",
+         "0.0", "5.0", "10.0"]
 
 
 def thing(code):
@@ -67,7 +68,8 @@ def compare_marks(folder, pool, n=400):
         replies = [text for i in range(0, n, 100) for text in evaluate.ask(
             model, encode, asked[i:i + 100], [("judge",)] * len(asked[i:i + 100]), 128, 0.0)]
         read.append([evaluate.parse_marks(text, names) for text in replies])
-    scores = [evaluate.edit_scores(*(m and list(m.values()) for m in marks)) for marks in zip(*read)]
+    scores = [evaluate.edit_scores(*(m and list(m.values()) for m in marks))
+              for marks in zip(*read)]
     for name in ("SC", "PQ", "O"):
         known = [(s[name], f[name]) for s, f in zip(scores, found) if s[name] is not None]
         if not known:

@@ -1,4 +1,4 @@
-"""Serve a VLM folder as OpenAI's protocol wants it: what vLLM does for the large ones, in miniature.
+"""Serve a VLM folder as OpenAI's protocol wants it: what vLLM does for large ones, in miniature.
 
 Requests that wait at the same time are answered as one batch, so a client should keep several under
 way (evaluate.py --concurrency). Greedy replies are the folder's own, whoever asks with whom.

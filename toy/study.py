@@ -39,7 +39,7 @@ def scaled_advantages(r):
 
 
 def preference_loss(logp, old_logp, advantage, mask, clip_eps, beta=0.1):
-    """DPO (arXiv 2305.18290), best of each N verdicts against the worst; old_logp is the reference."""
+    """DPO (arXiv 2305.18290), best of each N verdicts against the worst; old_logp: the reference."""
     n, gain = preference_loss.group_size, ((logp - old_logp) * mask).sum(1)
     gain, order = gain.view(-1, n), advantage.view(-1, n)
     best, worst = (gain.gather(1, pick(1, keepdim=True)) for pick in (order.argmax, order.argmin))

@@ -19,7 +19,7 @@ def read_jsonl(path):
 
 
 def figures(out, minutes):
-    """The figures of the run in one dict, from evaluate.py's two reports: the oracle's, the VLM's."""
+    """The run's figures in one dict, from evaluate.py's two reports: the oracle's, the VLM's."""
     report, judged = (json.loads(Path(out, folder, "report.json").read_text())
                       for folder in ("report", "judged/report"))
     pick = lambda source, keys: {k: source[k] for k in keys}
@@ -44,7 +44,8 @@ def table(found):
         lines.append(f"    {label:28} {n:8d} {strict:8.3f} {half:10.3f}")
     mean, low, high = (100 * reward["gcpo_gain"][k] for k in ("mean", "low", "high"))
     lines += [f"    GCPO adds {mean:+.1f} points strict, 95 % interval {low:+.1f} to {high:+.1f}",
-              "", "The editors, by the oracle          edits       SC       PQ        O   O by the VLM"]
+              "", f"{'The editors, by the oracle':32} {'edits':>8}       SC       PQ        O"
+                  "   O by the VLM"]
     for k, label in EDITORS.items():
         cells = "".join(f" {editor[k][name]:8.2f}" for name in ("SC", "PQ", "O", "judged_O"))
         lines.append(f"    {label:28} {editor[k]['n']:8d}{cells}")

@@ -5,8 +5,9 @@ reward   Does a reward model rank pairs as people do? Both edits of a pair get a
              half   = the same, but a tie earns 1/2: a constant 5 has strict 0, half 0.5, tie_rate 1
              non_tied = right / (right + wrong);  --samples k: τ is the mean of k verdicts (at_1: 1)
          Rows that share `group` are the pairs of a K-way ranking: right if all of them are. Rows
-         with `vote` (left, right, tie, both bad) are also read in three classes: |Δτ| <= threshold
-         is a tie. Undecided votes count there and in their group (equal τ is right), nowhere else.
+         with `vote` (left, right, tie, both bad), if people called some a tie, are also read in
+         three classes: |Δτ| <= threshold is a tie. Undecided votes count there and in their group
+         (equal τ is right), nowhere else.
 edit     An editor's pictures, with or without LoRA. The noise depends on row and seed only: fit to
          compare.
 judge    A VLM gives marks 0..10 in two calls, after VIEScore (arXiv 2312.14867), O is per edit:
@@ -78,7 +79,7 @@ class RewardConfig:
     max_new: int = 1024          # longest reply in tokens
     max_pixels: int = 0          # larger pictures are scaled down to it; 0 = the model's own bound
     seed: int = 0                # of the samples
-    concurrency: int = 16        # of a server: requests under way at once
+    concurrency: int = 16        # of a server: requests under way at once, per rank
     timeout: float = 300.0       # of a server: seconds without a sign of life
     retries: int = 4             # of a server: further attempts, after 1, 2, 4, ... seconds
 
@@ -107,7 +108,7 @@ class JudgeConfig:
     batch: int = 16              # replies written at once, per GPU
     max_new: int = 512           # longest reply in tokens
     max_pixels: int = 0          # larger pictures are scaled down to it; 0 = the model's own bound
-    concurrency: int = 16        # of a server: requests under way at once
+    concurrency: int = 16        # of a server: requests under way at once, per rank
     timeout: float = 300.0       # of a server: seconds without a sign of life
     retries: int = 4             # of a server: further attempts, after 1, 2, 4, ... seconds
 
@@ -147,7 +148,8 @@ def claim(config):
     models = [Path(setting[k]) for k in ("vlm", "editor", "lora") if setting.get(k)]
     times = [file.stat().st_mtime for model in models for file in model.rglob("*.safetensors")]
     text = json.dumps(setting | dict(newest_weights=max(times, default=0)), indent=1)
-    if any(path.parent.glob("*.jsonl")) and not (path.exists() and path.read_text() == text):
+    made = [file for file in path.parent.glob("*.jsonl") if ".failed" not in file.name]
+    if made and not (path.exists() and path.read_text() == text):
         raise SystemExit(f"{config.out} holds results of other settings or weights "
                          "(see config.json). Give another --out.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,12 +159,12 @@ def claim(config):
 
 
 def unfinished(path, rows, rank):
-    """The rows that `path` lacks; it may hold no others."""
-    done = {row["id"] for row in finished_rows(path, rank)}
-    if strangers := done - {row["id"] for row in rows}:
+    """(the rows that `path` lacks, {id: row} of those it holds); it may hold no others."""
+    done = {row["id"]: row for row in finished_rows(path, rank)}
+    if strangers := done.keys() - {row["id"] for row in rows}:
         raise SystemExit(f"{path} has rows that are not asked for, such as "
                          f"{min(strangers, key=str)!r}. Give another --out.")
-    return [row for row in rows if row["id"] not in done]
+    return [row for row in rows if row["id"] not in done], done
 
 
 # ------------------------------------------------------------------ prompts and parsers
@@ -208,7 +210,7 @@ def judge_chats(source, edit, instruction, rubric="viescore"):
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def parse_marks(text, names, low=0, high=10):
@@ -233,9 +235,13 @@ def parse_marks(text, names, low=0, high=10):
 # An unread pair counts as wrong; but where nothing at all was read there is no accuracy: None.
 
 def score_gap(row):
-    """τ(chosen) - τ(rejected), None if one is unread; rounded: means of equal scores must tie."""
+    """τ(chosen) - τ(rejected), None if one is unread; means of equal scores must tie, whatever the
+    last digits of their sums: a gap counts down to about 1e-11 of the scores."""
     chosen, rejected = row["chosen_score"], row["rejected_score"]
-    return None if None in (chosen, rejected) else round(chosen - rejected, 9)
+    if None in (chosen, rejected):
+        return None
+    size = max(abs(chosen), abs(rejected)) or 1
+    return round(chosen - rejected, 12 - math.ceil(math.log10(size)))
 
 
 def pair_outcome(row):
@@ -476,7 +482,8 @@ def ask_server(config, model, chats, keys, temperature):
         for attempt in range(config.retries + 1):
             try:
                 answer = client.chat_completion(messages, **options)
-                return answer.choices[0].message.content or ""
+                text = answer.choices[0].message.content or ""
+                return text.encode("utf-8", "replace").decode()     # half an emoji is no UTF-8
             except Exception as error:           # a network fails in more ways than one can list
                 if "content_filter" in str(error):
                     return ""                    # refused by a filter: an answer, and not a mark
@@ -503,6 +510,13 @@ def fingerprint(model_id, config, asked):
     return digest.hexdigest()
 
 
+def replace_rows(path, rows):
+    """The file holds just these rows; with none it is not there."""
+    path.unlink(missing_ok=True)
+    if rows:
+        append_rows(path, rows)
+
+
 def score_rows(config, model_id, rows, temperature, questions, score):
     """Ask about every row that scores.jsonl lacks, and write each batch before the next one begins.
 
@@ -510,15 +524,14 @@ def score_rows(config, model_id, rows, temperature, questions, score):
     -> all rows of scores.jsonl, how many are new, how many failed, on rank 0; None on other ranks.
     """
     rank, world, device = setup()
-    path, server, failed = Path(config.out, "scores.jsonl"), is_server(config.vlm), 0
-    failures, todo = path.with_suffix(".failed.jsonl"), unfinished(path, rows, rank)
-    done = {row["id"]: row.get("asked") for row in finished_rows(path, rank)}
-    for row in rows:
-        if row["id"] in done and done[row["id"]] != fingerprint(model_id, config, questions(row)):
+    path, server, failed = Path(config.out, "scores.jsonl"), is_server(config.vlm), []
+    failures, (todo, done) = path.with_suffix(".failed.jsonl"), unfinished(path, rows, rank)
+    for row in [row for row in rows if row["id"] in done]:
+        if done[row["id"]].get("asked") != fingerprint(model_id, config, questions(row)):
             raise SystemExit(f"{path}: row {row['id']} was judged on other pictures or words than "
                              "it has now. Give another --out.")
-    if rank == 0:
-        failures.unlink(missing_ok=True)                              # these are asked again
+    if rank == 0:                  # a run that is killed names them all; what failed is asked again
+        replace_rows(failures, [dict(id=row["id"], error="not reached") for row in todo])
     if todo and not server:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, encode = load_vlm(config.vlm, device, dtype, config.max_pixels)
@@ -543,14 +556,14 @@ def score_rows(config, model_id, rows, temperature, questions, score):
                 bad.append(dict(id=row["id"], error=repr(errors[0])))
             else:
                 good.append(score(row, replies) | dict(asked=fingerprint(model_id, config, each)))
-        good, bad = gather_rows(good), gather_rows(bad)
-        failed += len(bad)
-        for file, new in ((path, good), (failures, bad)):
-            if rank == 0 and new:
-                append_rows(file, new)
+        good, failed = gather_rows(good), failed + gather_rows(bad)
+        if rank == 0 and good:
+            append_rows(path, good)
         if not good:
             served_model(config.vlm)              # stops here if the server is gone for good
-    return (finished_rows(path, rank), len(todo) - failed, failed) if rank == 0 else None
+    if rank == 0:
+        replace_rows(failures, failed)
+        return finished_rows(path, rank), len(todo) - len(failed), len(failed)
 
 
 # ------------------------------------------------------------------ tables and curves
@@ -706,14 +719,17 @@ def draw_choices(path, label, rows, size=300):
 def draw_examples(path, folder, sections, images, numbers, size=150):
     """{title: rows}, a line each: the pictures of a row, its scores and how its verdict ends."""
     columns, wide = max(map(len, sections.values())), len(images) * (size + 6) + 14
-    sheet, draw = blank(columns * wide + 8, len(sections) * (size + 130), "")
+    sheet, draw = blank(columns * wide + 8, len(sections) * (size + 140), "")
     for i, (title, rows) in enumerate(sections.items()):
-        top = i * (size + 130)
+        top = i * (size + 140)
         draw.text((8, top + 4), f"{title}: {', '.join(images)}", "black", font_size=14)
         for j, row in enumerate(rows):
             left = 8 + j * wide
             for k, name in enumerate(images):
-                image = open_image(folder, row[name])
+                try:
+                    image = open_image(folder, row[name])
+                except ValueError as error:
+                    raise SystemExit(f"row {row['id']}: {error}")
                 zoom = size / max(image.size)
                 image = image.resize([max(1, round(side * zoom)) for side in image.size])
                 sheet.paste(image, (left + k * (size + 6), top + 26))
@@ -742,8 +758,9 @@ def run_reward(config):
     if config.scores and Path(config.out, "config.json").exists():
         raise SystemExit(f"{config.out} holds results of a model. Give another --out.")
     if config.scores:
-        scores, failed = read_scores(config.scores, "reward"), len(failed_rows(config.scores))
-        done = len(scores)
+        scores = read_scores(config.scores, "reward")
+        ids, done = {row["id"] for row in scores}, len(scores)
+        failed = sum(row["id"] not in ids for row in failed_rows(config.scores))
     elif result := score_pairs(config):
         scores, done, failed = result
     else:
@@ -807,8 +824,12 @@ def reward_summary(scores, tie_rows):
     if not any(map(undecided, scores)):
         return found
     votes = [row for row in scores if "vote" in row]
-    if tie_rows is None:                         # by the picture's name: paths depend on --out
-        heads = [coin(Path(str(source_of(row))).name) for row in votes]
+    if tie_rows is None:                # by the least id of a source, whose path depends on --out
+        first = {}
+        for row in votes:
+            source = source_of(row)
+            first[source] = min(str(row["id"]), first.get(source, str(row["id"])))
+        heads = [coin(first[source_of(row)]) for row in votes]
         tie_rows = [row for row, head in zip(votes, heads) if head]
         votes = [row for row, head in zip(votes, heads) if not head]
     elif both := {row["id"] for row in tie_rows} & {row["id"] for row in votes}:
@@ -844,7 +865,7 @@ def run_edit(config):
     jobs = [row | dict(id=f"{row['id']}/{k}", edit=f"images/{file_name(row['id'])}_{k}.png", seed=k,
                        editor=Path(config.editor).name, lora=config.lora)
             for row in rows for k in range(config.seeds)]
-    todo = unfinished(path, jobs, rank)
+    todo, _ = unfinished(path, jobs, rank)
     (path.parent / "images").mkdir(exist_ok=True)
     if todo:
         pipe = load_editor(config.editor, device)
@@ -958,13 +979,11 @@ def check_complete(files, config):
     more = read_rows(config.expected, (), "Or leave --expected out.") if config.expected else []
     for label, (path, rows) in files.items():
         ids = {str(row["id"]) for row in rows}
+        names = [str(row["id"]) for row in more]
         seeds = sorted({name.rpartition("/")[2] for name in ids})
-        lost = dict.fromkeys(name for name in wanted[kind_of(rows)] if name not in ids)
-        for name in [str(row["id"]) for row in more if str(row["id"]) not in ids]:
-            seeded_names = [f"{name}/{seed}" for seed in seeds]
-            found = any(each in ids for each in seeded_names)
-            lost |= dict.fromkeys(each for each in (seeded_names if found else [name])
-                                  if each not in ids)
+        if any(f"{name}/{seed}" in ids for name in names for seed in seeds):
+            names = [f"{name}/{seed}" for name in names for seed in seeds]
+        lost = dict.fromkeys(name for name in [*wanted[kind_of(rows)], *names] if name not in ids)
         if lost:
             missing[label] = list(lost)
             names = ", ".join(missing[label][:20]) + (", ..." if len(lost) > 20 else "")

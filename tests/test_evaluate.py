@@ -308,7 +308,8 @@ def test_parse_marks(text, marks):
     """Nothing is guessed: two named numbers from 0 to 10, or None."""
     found = parse_marks(text, ("success", "restraint"))
     assert found == (marks and dict(zip(("success", "restraint"), marks)))
-    assert parse_marks('{"success": ' + "[" * 9000 + "}", ("success",)) is None           # deep, but no crash
+    for endless in ("[" * 9000, "1" + "0" * 400):                                          # no mark, and no crash
+        assert parse_marks('{"success": ' + endless + "}", ("success",)) is None
 
 
 # ------------------------------------------------------------------ the commands, with a judge that follows a script
@@ -494,7 +495,7 @@ def test_scores_with_votes_and_groups(monkeypatch, tmp_path, capsys):
     command(monkeypatch, "reward", "--scores", write_rows(tmp_path / "s.jsonl", rows), "--out", tmp_path / "out")
     found, text = json.loads((tmp_path / "out/reward.json").read_text()), capsys.readouterr().out
     assert found["n"] == 20 and found["strict"] == 1 and found["groups"]["accuracy"] == 1 == found["votes"]["accuracy"]
-    test = [row for row in rows if not coin(row["source"])]
+    test = [row for i, row in enumerate(rows) if not coin(f"v{i // 2 * 2}")]               # the least id of the source
     assert found["votes"]["n"] == len(test) and found["votes"]["fitted_on"] == 40 - len(test) and 0 < len(test) < 40
     assert found["votes"]["tie_threshold"] == 0
     assert "| always_tie | 0.000 | 0.500 |" in text and "| 3 | 20 | 1.000 |" in text
@@ -512,6 +513,7 @@ def test_equal_means_tie_whatever_their_rounding():
     up, down = sum([8.1, 8.2, 8.3]) / 3, sum([8.3, 8.2, 8.1]) / 3
     assert up != down and pair_outcome(pair(up, down)) == "tie" and pair_outcome(pair(8.2, 8.1)) == "right"
     votes = [pair(5.3, 5.0, vote="tie"), pair(9, 1, vote="left")]
+    assert pair_outcome(pair(2e-10, 1e-10)) == "right" and pair_outcome(pair(0, 0)) == "tie"
     assert evaluate.vote_right(pair(8.3, 8.0, vote="tie"), evaluate.fit_tie_threshold(votes)) == 1
 
 
@@ -532,9 +534,11 @@ def test_reward_by_dimension_and_what_failed(monkeypatch, tmp_path, capsys):
 def test_the_tie_split_does_not_depend_on_where_the_scores_lie():
     """A half of the sources, by the picture's name: the same rows from every folder."""
     def split(folder):
-        rows = [pair(i % 7, 3, vote=("left", "right", "tie")[i % 3], source=f"{folder}images/{i}.png") for i in range(40)]
+        rows = [pair(i % 7, 3, vote=("left", "right", "tie")[i % 3], source=folder and f"{folder}{i // 2}/source.png")
+                | dict(id=f"p{i}/0") for i in range(40)]
         return evaluate.reward_summary(rows, None)["votes"]
-    assert split("") == split("../../in/") and 0 < split("")["n"] < 40
+    assert split("in/") == split("../../in/") and all(5 < split(folder)["n"] < 35 for folder in ("in/", None))
+    assert split("in/")["n"] % 2 == 0                                                      # a source is not torn apart
 
 
 # ------------------------------------------------------------------ a server
@@ -843,9 +847,13 @@ def test_report_refuses_to_average_what_is_missing(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=said):
         command(monkeypatch, *report, whole, short)
     prompts = write_rows(tmp_path / "prompts.jsonl", [dict(id=f"e{i}") for i in range(606)])
-    for expected, names in ((whole, "e3/0, e600/0"), (prompts, "e3, e600")):
-        with pytest.raises(SystemExit, match=f"expected 606, got 604: {names}"):
+    for expected in (whole, prompts):
+        with pytest.raises(SystemExit, match="expected 606, got 604: e3/0, e600/0"):
             command(monkeypatch, *report, short, "--expected", expected)
+    two = write_rows(tmp_path / "two.jsonl", [row | dict(id=f"e{i}/{k}") for i, row in enumerate(edits_of(3))
+                                              for k in (0, 1) if (i, k) not in ((1, 1), (2, 0), (2, 1))])
+    with pytest.raises(SystemExit, match="expected 6, got 3: e1/1, e2/0, e2/1. "):        # every seed of every prompt
+        command(monkeypatch, *report, two, "--expected", write_rows(tmp_path / "p3.jsonl", read_rows(prompts)[:3]))
     write_rows(tmp_path / "short.failed.jsonl", [dict(id="e3/0", error="timeout")])
     with pytest.raises(SystemExit, match="expected 605, got 604: e3/0"):
         command(monkeypatch, *report, short)

@@ -1,4 +1,4 @@
-"""Train the toy's two vision-language models from nothing: a real Qwen2.5-VL, only small.
+"""Train the toy's three vision-language models from nothing: real Qwen2.5-VLs, only small.
 
     editors     toy/pretrain_editor.py comes first: the verifier must know how *their* edits look
     tokenizer   bytes, the world's words, and every fixed line of the stages' prompts as one token

@@ -42,7 +42,7 @@ for judge in base:$models/vlm sft:$out/sft/model rl:$out/gcpo/model; do
 done
 
 # How good a reward is it? Its score against the truth, within groups of the editor's own samples.
-run python build_sft.py --toy --principles $data/rl/principles.jsonl --editors $models/editor --seeds 6 \
+run python build_sft.py --toy --principles $data/rl/principles.jsonl --editors $models/editor --seeds 4 \
     --pool $out/sft/model $out/gcpo/model --temperatures 0 --out $out/trust
 run python toy/world.py trust --traces $out/trust/traces.jsonl
 

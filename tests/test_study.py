@@ -6,6 +6,7 @@ import torch
 
 import study
 import train_gcpo
+import world
 from conftest import read_rows, run_script, write_rows
 
 
@@ -47,3 +48,13 @@ def test_table_compares_with_the_sft_model(tmp_path):
         (tmp_path / "study" / name / "reward.json").write_text("{}")
     text = run_script("toy/study.py", "--run", tmp_path, "table").stdout
     assert "| sft: before GCPO | 0.000 | | 0.000 | |" in text and text.count("| 1.000 | +100.0 [") == 2
+
+
+def test_rightly_labelled_leaves_out_the_flipped_pairs(tmp_path):
+    shown = dict(source=[0, 0, 5, -1, -1], right=[0, -1, 5, -1, -1], wrong=[0, 0, 5, -1, -1])
+    for name, picture in zip(shown, world.render([*shown.values()])):
+        world.to_pil(picture).save(tmp_path / f"{name}.png")
+    row = dict(source="source.png", instruction="remove the red circle")
+    path = write_rows(tmp_path / "scores.jsonl", [row | dict(id="true", chosen="right.png", rejected="wrong.png"),
+                                                  row | dict(id="flipped", chosen="wrong.png", rejected="right.png")])
+    assert study.rightly_labelled(path) == {"true"}

@@ -2,6 +2,7 @@
 
     python toy/study.py train VARIANT --seed 0    # train, then judge the held-out pairs four times
     python toy/study.py table                     # all that was trained: the table of the README
+    python toy/study.py table --right_labels      # without the pairs labelled wrong on purpose
     python toy/study.py stricter                  # where the gain comes from, question by question
 
 A variant is a flag of train_gcpo.py, or one of its functions swapped: the equations are plain
@@ -100,9 +101,23 @@ def strict_at_4(row):
     return float(evaluate.pair_outcome(row) == "right")
 
 
+def rightly_labelled(path):
+    """Ids of the rows of a scores.jsonl whose label the oracle shares."""
+    rows = world.read_jsonl(path)
+    chosen, rejected = (world.judge_rows(path, [row | dict(edit=row[side]) for row in rows])
+                        for side in ("chosen", "rejected"))
+    return {row["id"] for row, c, r in zip(rows, chosen, rejected) if c["O"] > r["O"]}
+
+
 def study_table(args):
     """A line per variant: strict accuracy from one verdict and from the mean of four, and gains."""
     run, before = Path(args.run), {}
+
+    def scores(folder):
+        path = run / "study" / folder / "scores.jsonl"
+        right = args.right_labels and rightly_labelled(path)
+        return [row for row in world.read_jsonl(path) if not right or row["id"] in right]
+
     found = sorted(path.parent for path in (run / "study").glob("*_*/reward/reward.json"))
     print("| variant | strict @1 | gain over its SFT-RRM | strict @4 | gain over its SFT-RRM |\n"
           + "| --- " * 5 + "|")
@@ -111,10 +126,10 @@ def study_table(args):
         if start not in before:
             if not (run / "study" / start / "reward.json").exists():
                 judge_bench(run, run / start / "model", run / "study" / start)
-            before[start] = rows = world.read_jsonl(run / "study" / start / "scores.jsonl")
+            before[start] = rows = scores(start)
             at_1, at_4 = (sum(map(v, rows)) / len(rows) for v in (strict_at_1, strict_at_4))
             print(f"| {start}: before GCPO | {at_1:.3f} | | {at_4:.3f} | |")
-        rows, cells = world.read_jsonl(path / "scores.jsonl"), []
+        rows, cells = scores(path.relative_to(run / "study")), []
         for value in (strict_at_1, strict_at_4):
             gain = evaluate.paired_gain(before[start], rows, value)
             mean, low, high = (f"{100 * gain[k]:+.1f}" for k in ("mean", "low", "high"))
@@ -162,7 +177,8 @@ def main():
     one = commands.add_parser("train")
     one.add_argument("variant", choices=VARIANTS)
     one.add_argument("--seed", type=int, default=0)
-    commands.add_parser("table")
+    table = commands.add_parser("table")
+    table.add_argument("--right_labels", action="store_true")
     commands.add_parser("stricter")
     args = parser.parse_args()
     {"train": train_variant, "table": study_table, "stricter": stricter}[args.command](args)

@@ -38,8 +38,6 @@ import torch.distributed as dist
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
-                          Qwen2VLImageProcessorPil)
 
 
 @dataclass
@@ -273,7 +271,7 @@ def main():
                      "Run decompose.py first (README, stage 1).")
     vlms = [*config.pool, config.inspector] if config.inspector else config.pool
     for look, folders in ((diffusers.DiffusionPipeline.load_config, config.editors),
-                          (AutoConfig.from_pretrained, vlms)):
+                          (transformers.AutoConfig.from_pretrained, vlms)):
         for folder in folders:
             try:
                 look(folder)
@@ -419,11 +417,13 @@ def open_image(folder, name):
             raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
         if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
             raise ValueError("one side is more than 200 times the other")
-        image = image.convert("RGBA")
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "it")
         raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
                          "Restore the file or remove its row.")
+    if image.mode == "RGB":
+        return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -462,9 +462,9 @@ class Encoder:
     """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
 
     def __init__(self, folder, max_pixels=None):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         bound = {"max_pixels": max_pixels} if max_pixels else {}
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
         self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
             ["<|image_pad|>", "<|video_pad|>"])
         self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -490,7 +490,7 @@ def load_vlm(folder, device, dtype, max_pixels=None):
     transformers.utils.logging.disable_progress_bar()
     try:
         encode = Encoder(folder, max_pixels)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise SystemExit(

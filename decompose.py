@@ -34,7 +34,6 @@ import torch.distributed as dist
 import transformers
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 
 @dataclass
@@ -82,7 +81,8 @@ EXEMPLARS = [
         "Is there a dog in the picture? Is the dog brown and small? Is the dog on the grass? "
         "Is the dog to the left of the bench?",
         "Is the bench unchanged? Are the trees behind the bench the same? Is the path still where it was?",
-        "Does the dog have a natural body with four legs? Does its shadow fit the light? Is the grass around it sharp?"),
+        "Does the dog have a natural body with four legs? Does its shadow fit the light? "
+        "Is the grass around it sharp?"),
     exemplar("Remove the man with the umbrella.",
         "Is the man gone completely? Is his umbrella gone as well? Are his shadow and reflection gone? "
         "Is the freed place filled with street and wall?",
@@ -319,11 +319,13 @@ def open_image(folder, name):
             raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
         if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
             raise ValueError("one side is more than 200 times the other")
-        image = image.convert("RGBA")
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "it")
         raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
                          "Restore the file or remove its row.")
+    if image.mode == "RGB":
+        return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -355,9 +357,9 @@ class Encoder:
     """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
 
     def __init__(self, folder, max_pixels=None):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         bound = {"max_pixels": max_pixels} if max_pixels else {}
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
         self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
             ["<|image_pad|>", "<|video_pad|>"])
         self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -383,7 +385,7 @@ def load_vlm(folder, device, dtype, max_pixels=None):
     transformers.utils.logging.disable_progress_bar()
     try:
         encode = Encoder(folder, max_pixels)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise SystemExit(

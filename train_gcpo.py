@@ -38,6 +38,7 @@ Against the paper:
     --lr 2e-5 or so). The paper trains all weights.
 """
 import argparse, ast, gc, hashlib, inspect, json, os, re, shutil, signal, sys, textwrap, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -55,8 +56,7 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText,
-                          AutoTokenizer, Qwen2VLImageProcessorPil)
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -553,22 +553,31 @@ def open_image(folder, name):
             raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
         if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
             raise ValueError("one side is more than 200 times the other")
-        image = image.convert("RGBA")
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "it")
         raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
                          "Restore the file or remove its row.")
+    if image.mode == "RGB":
+        return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def check_images(path, rows, keys):
     """Stop at the first image of any row that does not open, before anything is computed."""
-    for number, row in enumerate(rows, 1):
+    def fault(row):
         for key in keys:
             try:
                 open_image(Path(path).parent, row[key])
             except ValueError as error:
-                raise SystemExit(f"{path}, line {number} ({row['id']}), {key}: {error}")
+                return f"{key}: {error}"
+
+    Image.init()                                # threads must not race to load Pillow's formats
+    with ThreadPoolExecutor() as pool:
+        for number, (row, found) in enumerate(zip(rows, pool.map(fault, rows)), 1):
+            if found:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(f"{path}, line {number} ({row['id']}), {found}")
 
 
 def append_rows(path, rows):
@@ -583,9 +592,9 @@ class Encoder:
     """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
 
     def __init__(self, folder, max_pixels=None):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         bound = {"max_pixels": max_pixels} if max_pixels else {}
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
         self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
             ["<|image_pad|>", "<|video_pad|>"])
         self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -611,7 +620,7 @@ def load_vlm(folder, device, dtype, max_pixels=None):
     transformers.utils.logging.disable_progress_bar()
     try:
         encode = Encoder(folder, max_pixels)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise SystemExit(

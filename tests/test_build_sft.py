@@ -61,7 +61,7 @@ def fake_ask(model, encode, chats, keys, max_new, temperature):
 
 
 FAKES = dict(ask=fake_ask, run_pipeline=fake_pipeline, load_vlm=lambda *_: (None, None), load_editor=lambda *_: None,
-             AutoConfig=SimpleNamespace(from_pretrained=lambda _: 0),
+             transformers=SimpleNamespace(AutoConfig=SimpleNamespace(from_pretrained=lambda _: 0)),
              diffusers=SimpleNamespace(DiffusionPipeline=SimpleNamespace(load_config=lambda _: 0)))
 
 
@@ -322,9 +322,8 @@ def test_bad_input_stops_at_once(principles, tmp_path, monkeypatch):
     refused("Run decompose.py first", "--principles", tmp_path / "no", "--out", tmp_path / "out", "--editors", "x/a")
     refused("Run build_sft.py with --editors first", *base, "--pool", "x/a")
     refused("Run build_sft.py with --pool first", *base, "--inspector", "x/a")
-    for name in ("AutoConfig", "diffusers"):
-        monkeypatch.setitem(FAKES, name, vars(__import__("transformers" if name == "AutoConfig" else name)).get(
-            name, __import__("diffusers")))
+    for name in ("transformers", "diffusers"):
+        monkeypatch.setitem(FAKES, name, __import__(name))
     for flag in ("editors", "pool", "inspector"):
         refused("no/where is no model", *base, "--" + flag, tmp_path / "no/where")
     row = dict(rows_of(principles)[0], id="new", principles=["Is it red?"])

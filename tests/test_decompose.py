@@ -214,8 +214,11 @@ def test_pictures_are_read_as_they_look(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     picture = decompose.open_image(tmp_path, "turned.jpg")
     assert picture.size == (2, 6) and picture.getpixel((0, 0))[1] < 90 and picture.getpixel((1, 5))[1] > 200
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert decompose.open_image(tmp_path, "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    clear = [Image.new("RGBA", (2, 2), (255, 0, 0, 0)), Image.new("LA", (2, 2), (0, 0)), Image.new("L", (2, 2), 0),
+             Image.new("P", (2, 2), 0), Image.new("RGB", (2, 2), (1, 2, 3))]
+    for image, given in zip(clear, ({}, {}, {"transparency": 0}, {"transparency": 0}, {"transparency": (1, 2, 3)})):
+        image.save(tmp_path / "clear.png", **given)
+        assert decompose.open_image(tmp_path, "clear.png").getpixel((0, 0)) == (255, 255, 255), image.mode
     for mode, name in (("CMYK", "a.jpg"), ("LA", "b.png"), ("P", "c.gif"), ("1", "d.png"), ("L", "e.webp")):
         Image.new("RGB", (4, 4), "white").convert(mode).save(tmp_path / name)
         assert decompose.open_image(tmp_path, name).getpixel((2, 2)) == (255, 255, 255), mode

@@ -1,6 +1,7 @@
 """The cold start: the loss is the policy's own likelihood of the verdict, rows are checked, and whole runs."""
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,20 @@ def test_bad_rows_stop_the_run_with_a_reason(change, message, straight, vlm, tmp
     with pytest.raises(SystemExit, match=message):
         run_here(S, *SMALL, "--data", write_rows(tmp_path / "sft.jsonl", rows), "--model", vlm, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_of_many_pictures_the_first_bad_one_is_named_at_once(tmp_path, monkeypatch):
+    opened = []
+
+    def open_image(folder, name):
+        opened.append(name)
+        time.sleep(0.001)
+        if name == "bad":
+            raise ValueError("it is bad")
+
+    monkeypatch.setattr(S, "open_image", open_image)
+    rows = [dict(id=f"r{i}", source="good", edit="bad" if i in (5, 300) else "good") for i in range(4000)]
+    with pytest.raises(SystemExit, match=r"sft.jsonl, line 6 \(r5\), edit: it is bad"):
+        S.check_images(tmp_path / "sft.jsonl", rows, ("source", "edit"))
+    assert len(opened) < 4000
+    S.check_images(tmp_path / "sft.jsonl", rows[6:300], ("source", "edit"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_gcpo as G
 from conftest import ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
@@ -429,6 +430,16 @@ def test_several_updates_leave_ratio_one(vlm, pairs, tmp_path, run_here):
              "--model", vlm, "--out", tmp_path)
     row = read_rows(tmp_path / "metrics.jsonl")[-1]
     assert row["ratio_min"] < 0.98 < 1.02 < row["ratio_max"] and 0 < row["clipped"] < 1
+
+
+def test_a_gpu_s_bf16_on_the_cpu(vlm, pairs, tmp_path, run_here, monkeypatch):
+    """Rollout and update compute in bf16, as on a GPU: they agree to its precision, and the weights stay fp32."""
+    monkeypatch.setattr(G, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    run_here(G, *SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")[1:]
+    assert all(0.8 < row["ratio_min"] <= 1 <= row["ratio_max"] < 1.25 for row in rows)
+    assert any(row["ratio_max"] > 1.0002 for row in rows) and any(row["grad_norm"] > 0 for row in rows)
+    assert {value.dtype for value in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}
 
 
 def test_it_learns(vlm, pairs, tmp_path, run_here):

@@ -30,6 +30,7 @@ lower index. As there, no accuracy is too low to be chosen.
 """
 import argparse, ast, functools, gc, hashlib, inspect, itertools, json, os, re, sys, textwrap
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -379,6 +380,7 @@ def read_rows(path, needs, made_by):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
         except ValueError as error:
             raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
                              "from a killed writer: delete it and run that stage again.")
@@ -388,6 +390,10 @@ def read_rows(path, needs, made_by):
         if row["id"] in seen:
             raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
                              "Ids must be unique: rename or delete one of the two.")
+        text = row["instruction"] if "instruction" in needs else ""
+        if not isinstance(text, str) or "<|" in text:
+            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
+                             "<|...|>, which stands for a token. Mend or remove the row.")
         if "principles" in needs:
             check_principles(row["principles"], f"{where} ({row['id']})")
         seen[row["id"]] = number
@@ -652,7 +658,8 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
     return rank, world, device
 
 

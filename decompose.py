@@ -27,6 +27,7 @@ to the counts asked for either).
 import argparse, gc, hashlib, inspect, json, os, re, sys
 from collections import Counter
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -281,6 +282,7 @@ def read_rows(path, needs, made_by):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
         except ValueError as error:
             raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
                              "from a killed writer: delete it and run that stage again.")
@@ -290,6 +292,10 @@ def read_rows(path, needs, made_by):
         if row["id"] in seen:
             raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
                              "Ids must be unique: rename or delete one of the two.")
+        text = row["instruction"] if "instruction" in needs else ""
+        if not isinstance(text, str) or "<|" in text:
+            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
+                             "<|...|>, which stands for a token. Mend or remove the row.")
         if "principles" in needs:
             check_principles(row["principles"], f"{where} ({row['id']})")
         seen[row["id"]] = number
@@ -499,7 +505,8 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
     return rank, world, device
 
 

@@ -34,6 +34,7 @@ import argparse, ast, gc, hashlib, inspect, json, math, os, re, signal, sys, tex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -83,6 +84,7 @@ class Config:
 TOY = dict(held_out=48, prompts_per_step=16, group_size=12, size=32, max_new=128, steps=50,
            minibatches=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, batch=192,
            sample_every=10, save_every=10)
+FREE = ("out", "resume", "steps", "save_every", "sample_every", "batch")  # --resume may change
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -225,17 +227,6 @@ def save_lora(model, folder):
     os.replace(f"{path}.tmp", path)
 
 
-@contextmanager
-def base_editor(model):
-    """Inside, the LoRA is switched off: the editor that the KL holds on to."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    for layer in layers:
-        layer.on = False
-    yield
-    for layer in layers:
-        layer.on = True
-
-
 # ---------------------------------------------------------------- the reward: one verdict an edit
 
 def score_edits(judge, rows, edits, config):
@@ -311,7 +302,7 @@ def update(pipe, params, optimizer, conditions, prompts, path, advantages, confi
         for some in [live[i:i + config.batch] for i in range(0, len(live), config.batch)]:
             old = {k: v[some] for k, v in path.items()}
             cond = pick(conditions, prompts[some], device)
-            with torch.no_grad(), base_editor(pipe.transformer):
+            with torch.no_grad(), lora_off(pipe.transformer):
                 _, _, mean_base, _ = step_again(pipe, old, cond, config)
             _, logp, mean, std = step_again(pipe, old, cond, config)
             loss, ratio, kl = policy_loss(logp, old["logp"], advantages[some].to(device), mean,
@@ -320,6 +311,9 @@ def update(pipe, params, optimizer, conditions, prompts, path, advantages, confi
             seen.append(torch.stack([torch.full_like(ratio, number), ratio, kl]).cpu())
         sync_gradients(params)
         norms.append(nn.utils.clip_grad_norm_(params, 1.0).item())
+        if not math.isfinite(norms[-1]):
+            raise SystemExit(f"The gradient's norm is {norms[-1]}. Nothing was learned from it; "
+                             "begin again with a lower --lr.")
         if n:
             optimizer.step()
         optimizer.zero_grad()
@@ -432,7 +426,7 @@ def main():
     # ---- the held-out prompts before training
     if rank == 0:
         open_log(config.out, first or -1, config)
-        with base_editor(pipe.transformer):
+        with lora_off(pipe.transformer):
             before = edit_held_out(pipe, judge, rows, conditions, sigmas, config)
         if first == 0:
             held_out = write_held_out(0, rows, before, before, config)
@@ -534,6 +528,7 @@ def read_rows(path, needs, made_by):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
         except ValueError as error:
             raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
                              "from a killed writer: delete it and run that stage again.")
@@ -543,6 +538,10 @@ def read_rows(path, needs, made_by):
         if row["id"] in seen:
             raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
                              "Ids must be unique: rename or delete one of the two.")
+        text = row["instruction"] if "instruction" in needs else ""
+        if not isinstance(text, str) or "<|" in text:
+            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
+                             "<|...|>, which stands for a token. Mend or remove the row.")
         if "principles" in needs:
             check_principles(row["principles"], f"{where} ({row['id']})")
         seen[row["id"]] = number
@@ -745,6 +744,17 @@ def add_lora(model, names, rank, alpha):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@contextmanager
+def lora_off(model):
+    """Inside, the LoRA is switched off: the model that the KL holds on to."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.on = False
+    yield
+    for layer in layers:
+        layer.on = True
+
+
 def load_editor(folder, device):
     """Any editing pipeline of diffusers, from a folder or hub id; bf16 on a GPU, fp32 on a CPU."""
     for logging in (diffusers.utils.logging, transformers.utils.logging):
@@ -801,10 +811,15 @@ def check_start(config, *required):
         if not getattr(config, name):
             script = Path(sys.argv[0]).name
             raise SystemExit(f"--{name} is missing. {script} --help explains every flag.")
-    metrics = Path(config.out, "metrics.jsonl")
+    metrics, before = Path(config.out, "metrics.jsonl"), Path(config.out, "config.json")
     if not config.resume and metrics.exists() and metrics.stat().st_size:
         raise SystemExit(f"{config.out} holds an earlier run. "
                          "Pass --resume to go on with it, or another --out.")
+    if config.resume and before.exists():
+        for name, value in json.loads(before.read_text()).items():
+            if name not in FREE and getattr(config, name, value) != value:
+                raise SystemExit(f"{config.out} was begun with --{name} {value}, now it is "
+                                 f"{getattr(config, name)}. Give the same, or another --out.")
 
 
 def batch_rows(n, size, seed, step):
@@ -827,7 +842,8 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
     return rank, world, device
 
 
@@ -917,7 +933,8 @@ def load_state(out, params, optimizer):
 def open_log(out, step, config):
     """Make the output folder, write config.json, drop the metrics of steps that will run again."""
     Path(out, "samples").mkdir(parents=True, exist_ok=True)
-    Path(out, "config.json").write_text(json.dumps(asdict(config), indent=1))
+    Path(out, "config.json.tmp").write_text(json.dumps(asdict(config), indent=1))
+    os.replace(Path(out, "config.json.tmp"), Path(out, "config.json"))
     path = Path(out, "metrics.jsonl")
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [line for line in lines if json.loads(line)["step"] <= step]

@@ -10,8 +10,9 @@ it *ranks* right.
     J     = mean over 2N verdicts of mean over tokens t of
             min(ρ_t A, clip(ρ_t, 1-ε, 1+ε) A),  ρ = π_new / π_old;  maximised           clipped_loss
 
-mean r^w = mean r^l = the chance that a verdict on the winner beats one on the loser: the
-reward *is* the pair accuracy, and a group of equal ratios (solved, or hopeless) has no gradient.
+mean r^w = mean r^l = the chance that a verdict on the winner beats one on the loser (if all can be
+read): the reward *is* the pair accuracy, and a group of equal ratios (solved, or hopeless) has no
+gradient.
 
     preferences.jsonl {id, source, instruction, principles, chosen, rejected} + the SFT-RRM
       -> N verdicts per image -> win ratios -> advantages -> clipped policy gradient
@@ -37,10 +38,11 @@ Against the paper:
     on 4 x 80 GB), or learned as LoRA on a bf16 model and merged at the end (--lora_rank; then
     --lr 2e-5 or so). The paper trains all weights.
 """
-import argparse, ast, gc, hashlib, inspect, json, os, re, shutil, signal, sys, textwrap, time
+import argparse, ast, gc, hashlib, inspect, json, math, os, re, shutil, signal, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -100,6 +102,8 @@ class Config:
 
 TOY = dict(max_pixels=0, held_out=48, max_new=128, rollout_images=24, steps=120, pairs_per_step=16,
            lr=1e-4, warmup=5, micro=8, gradient_checkpointing=False, save_every=20, sample_every=20)
+FREE = ("out", "resume", "steps", "save_every", "sample_every", "micro", "rollout_images",
+        "shard", "gradient_checkpointing")                # what --resume may change
 
 
 # ---------------------------------------------------------------- data
@@ -110,6 +114,15 @@ def load_pairs(config, world):
     if config.shard and (config.lora_rank or world < 2):
         raise SystemExit("--shard spreads full fine-tuning over several ranks: start it with "
                          "torchrun, and without --lora_rank, whose model every GPU can hold.")
+    if config.lora_rank and not config.freeze_vision:
+        raise SystemExit("--lora_rank trains the language model alone; --no-freeze_vision needs "
+                         "full fine-tuning.")
+    if config.group_size < 2 or config.temperature <= 0 or min(
+            config.updates_per_rollout, config.micro, config.rollout_images, config.sample_every,
+            config.save_every) < 1:
+        raise SystemExit("--group_size must be 2 or more, --temperature above 0 (π is taken at "
+                         "it), and --updates_per_rollout, --micro, --rollout_images, "
+                         "--sample_every and --save_every 1 or more.")
     rows = read_rows(config.pairs, ("source", "instruction", "principles", "chosen", "rejected"),
                      "It holds human preferences between two edits (README, stage 4).")
     check_images(config.pairs, rows, ("source", "chosen", "rejected"))
@@ -153,9 +166,9 @@ def kl_penalty(logp, ref_logp, mask):
     return (((d.exp() - d - 1) * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def score_metrics(tau_w, tau_l):
+def score_metrics(tau_w, tau_l, tie=0.0):
     """What the scores (B, N) of B pairs say; every pair is solved, dead, contested or reversed."""
-    r_w, r_l = win_ratios(tau_w, tau_l)
+    r_w, r_l = win_ratios(tau_w, tau_l, tie)
     wins, losses = ((a[:, :, None] > b[:, None]).sum((1, 2)) for a, b in
                     ((tau_w, tau_l), (tau_l, tau_w)))
     solved = (r_w == 1).all(1) & (r_l == 1).all(1)
@@ -261,6 +274,8 @@ def load_policy(config, device):
     model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
                              half if config.lora_rank else torch.float32, config.max_pixels)
     pack_attention(model)
+    model.model.language_model.rotary_emb.register_forward_hook(     # fp32 angles would double the
+        lambda module, args, angles: tuple(a.to(half) for a in angles))       # KV cache's size
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.lora_rank:
         torch.manual_seed(config.seed)                                     # the same on every rank
@@ -271,9 +286,13 @@ def load_policy(config, device):
     if config.shard:
         policy_logps = shard(model, policy_logps)
     if config.kl:
-        reference, _ = load_vlm(config.model, device, half)
+        reference = model if config.lora_rank else load_vlm(config.model, device, half)[0]
         pack_attention(reference)
-        ref_logps = torch.no_grad()(partial(packed_logps, reference))
+
+        def ref_logps(*batch):
+            with torch.no_grad(), lora_off(reference):
+                return packed_logps(reference, *batch)
+
     return model, encode, policy_logps, ref_logps
 
 
@@ -307,7 +326,7 @@ def look_at_pairs(model, encode, held, done, rank, world, config):
     tau = judge_pairs(model, encode, held[rank::world], ("held out",), config)[-1]
     scored = sorted(gather_rows(list(zip(range(rank, len(held), world), tau.tolist()))))
     now = torch.tensor([scores for _, scores in scored])                  # (pairs, 2, N)
-    metrics = score_metrics(*now.unbind(1))
+    metrics = score_metrics(*now.unbind(1), config.tie)
     if rank == 0:
         looks = Path(config.out, "samples")
         readable = [[[s if s == s else None for s in side] for side in pair]
@@ -343,15 +362,16 @@ def score_dots(first, now, size=160):
     return image
 
 
-def print_identities(tau_w, tau_l, low, high):
+def print_identities(tau_w, tau_l, tie, low, high):
     """What must hold in the first step, whatever the model (ratio 1: if one update per rollout)."""
-    r_w, r_l = win_ratios(tau_w, tau_l)
+    r_w, r_l = win_ratios(tau_w, tau_l, tie)
     sums = torch.stack([advantages(r_w), advantages(r_l)]).sum(-1).abs().max()
     strict = sum(w > l for ws, ls in zip(tau_w.tolist(), tau_l.tolist()) for w in ws for l in ls)
     print(f"identities: ratio - 1 in [{low - 1:.0e}, {high - 1:.0e}] | "
           f"advantages sum to {sums:.0e} | "
           f"mean r^w {r_w.mean():.4f} = mean r^l {r_l.mean():.4f} = strict win rate "
-          f"{strict / tau_w.numel() / tau_l.shape[1]:.4f} (where every verdict is readable)",
+          f"{strict / tau_w.numel() / tau_l.shape[1]:.4f} (where every verdict is readable, "
+          "and ties earn 0)",
           flush=True)
 
 
@@ -367,7 +387,7 @@ def main():
     first = load_state(config.out, params, optimizer) if config.resume else 0
     n, total = config.group_size, 2 * config.pairs_per_step * config.group_size
     if rank == 0:
-        open_log(config.out, first, config)
+        open_log(config.out, first or -1, config)
         print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(pairs)} pairs; "
               f"a step = {config.pairs_per_step} pairs x 2 images x {n} verdicts "
               f"on {world} rank(s)", flush=True)
@@ -414,6 +434,9 @@ def main():
                 log_ratio.append((logp.detach() - old_logp[some])[keep[some]].cpu())
             sync_gradients(params)
             norm = whole(torch.nn.utils.clip_grad_norm_(params, config.clip_grad)).item()
+            if not math.isfinite(norm):
+                raise SystemExit(f"step {step + 1}: the gradient's norm is {norm}. Nothing was "
+                                 "learned from it; begin again with a lower --lr.")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -425,8 +448,8 @@ def main():
         taus, low, high, clipped, seen, written, kls, lives, stopping = zip(*shares)
         tau_w, tau_l = torch.tensor(sum(taus, [])).unbind(1)          # (pairs, N) of all ranks
         if step == first and rank == 0:
-            print_identities(tau_w, tau_l, min(low), max(high))
-        metrics = dict(**score_metrics(tau_w, tau_l), skipped=1 - sum(lives) * n / total,
+            print_identities(tau_w, tau_l, config.tie, min(low), max(high))
+        metrics = dict(**score_metrics(tau_w, tau_l, config.tie), skipped=1 - sum(lives) * n / total,
                        length=sum(written) / total, ratio_min=min(low), ratio_max=max(high),
                        clipped=sum(clipped) / sum(seen), grad_norm=norm)
         if config.kl:
@@ -441,13 +464,14 @@ def main():
         if any(stopping):
             break
 
-    if done == config.steps:
-        merge_lora(model)
+    if done >= config.steps:
+        if config.lora_rank:
+            merge_lora(model)
         save_model(model, encode, f"{config.out}/model", rank)
     if rank == 0 and done < config.steps:
         print(f"stopped after step {done}; the same command with --resume goes on")
     elif rank == 0:
-        print(f"{len(pairs) + len(held)} pairs in, {config.steps} steps done: {config.out}/model")
+        print(f"{len(pairs) + len(held)} pairs in, {done} steps done: {config.out}/model")
     finish()
 
 
@@ -515,6 +539,7 @@ def read_rows(path, needs, made_by):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
         except ValueError as error:
             raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
                              "from a killed writer: delete it and run that stage again.")
@@ -524,6 +549,10 @@ def read_rows(path, needs, made_by):
         if row["id"] in seen:
             raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
                              "Ids must be unique: rename or delete one of the two.")
+        text = row["instruction"] if "instruction" in needs else ""
+        if not isinstance(text, str) or "<|" in text:
+            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
+                             "<|...|>, which stands for a token. Mend or remove the row.")
         if "principles" in needs:
             check_principles(row["principles"], f"{where} ({row['id']})")
         seen[row["id"]] = number
@@ -719,10 +748,15 @@ def check_start(config, *required):
         if not getattr(config, name):
             script = Path(sys.argv[0]).name
             raise SystemExit(f"--{name} is missing. {script} --help explains every flag.")
-    metrics = Path(config.out, "metrics.jsonl")
+    metrics, before = Path(config.out, "metrics.jsonl"), Path(config.out, "config.json")
     if not config.resume and metrics.exists() and metrics.stat().st_size:
         raise SystemExit(f"{config.out} holds an earlier run. "
                          "Pass --resume to go on with it, or another --out.")
+    if config.resume and before.exists():
+        for name, value in json.loads(before.read_text()).items():
+            if name not in FREE and getattr(config, name, value) != value:
+                raise SystemExit(f"{config.out} was begun with --{name} {value}, now it is "
+                                 f"{getattr(config, name)}. Give the same, or another --out.")
 
 
 def batch_rows(n, size, seed, step):
@@ -756,6 +790,17 @@ def add_lora(model, names, rank, alpha):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@contextmanager
+def lora_off(model):
+    """Inside, the LoRA is switched off: the model that the KL holds on to."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.on = False
+    yield
+    for layer in layers:
+        layer.on = True
+
+
 def linear_layers(model):
     """The names of all linear layers of the language model: what --lora_rank trains."""
     return [name for name, layer in model.named_modules()
@@ -763,10 +808,10 @@ def linear_layers(model):
 
 
 def merge_lora(model):
-    """Add each LoRA to its weight, in fp32: an ordinary model again."""
+    """Add each LoRA to its weight: an ordinary model again, in fp32 as a whole."""
+    model.float()
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, LoRALinear):
-            layer.base.float()
             product = layer.lora_B.weight.data @ layer.lora_A.weight.data
             layer.base.weight.data += layer.scale * product
             parent, _, leaf = name.rpartition(".")
@@ -815,7 +860,8 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
     return rank, world, device
 
 
@@ -912,7 +958,8 @@ def save_model(model, encode, folder, rank):
 def open_log(out, step, config):
     """Make the output folder, write config.json, drop the metrics of steps that will run again."""
     Path(out, "samples").mkdir(parents=True, exist_ok=True)
-    Path(out, "config.json").write_text(json.dumps(asdict(config), indent=1))
+    Path(out, "config.json.tmp").write_text(json.dumps(asdict(config), indent=1))
+    os.replace(Path(out, "config.json.tmp"), Path(out, "config.json"))
     path = Path(out, "metrics.jsonl")
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [line for line in lines if json.loads(line)["step"] <= step]

@@ -32,6 +32,7 @@ import argparse, ast, gc, hashlib, inspect, json, math, os, re, shutil, signal, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +78,8 @@ class Config:
 
 TOY = dict(max_pixels=0, held_out=48, epochs=6, batch=32, micro=16, lr=7e-4, warmup=8, max_new=128,
            gradient_checkpointing=False, save_every=50, sample_every=50)
+FREE = ("out", "resume", "save_every", "sample_every", "micro", "shard",
+        "gradient_checkpointing")                # what --resume may change
 
 
 # ---------------------------------------------------------------- data
@@ -223,7 +226,7 @@ def main():
     first = load_state(config.out, params, optimizer) if config.resume else 0
     steps = config.epochs * (len(rows) // config.batch)
     if rank == 0:
-        open_log(config.out, first, config)
+        open_log(config.out, first or -1, config)
         Path(config.out, "failed.jsonl").unlink(missing_ok=True)
         append_rows(Path(config.out, "failed.jsonl"), failed)
         print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(rows)} rows; "
@@ -257,6 +260,9 @@ def main():
             loss += part.item()
         sync_gradients(params)
         norm = whole(torch.nn.utils.clip_grad_norm_(params, config.clip_grad)).item()
+        if not math.isfinite(norm):
+            raise SystemExit(f"step {step + 1}: the gradient's norm is {norm}. Nothing was learned "
+                             "from it; begin again with a lower --lr.")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -348,6 +354,7 @@ def read_rows(path, needs, made_by):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
         except ValueError as error:
             raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
                              "from a killed writer: delete it and run that stage again.")
@@ -357,6 +364,10 @@ def read_rows(path, needs, made_by):
         if row["id"] in seen:
             raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
                              "Ids must be unique: rename or delete one of the two.")
+        text = row["instruction"] if "instruction" in needs else ""
+        if not isinstance(text, str) or "<|" in text:
+            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
+                             "<|...|>, which stands for a token. Mend or remove the row.")
         if "principles" in needs:
             check_principles(row["principles"], f"{where} ({row['id']})")
         seen[row["id"]] = number
@@ -559,10 +570,15 @@ def check_start(config, *required):
         if not getattr(config, name):
             script = Path(sys.argv[0]).name
             raise SystemExit(f"--{name} is missing. {script} --help explains every flag.")
-    metrics = Path(config.out, "metrics.jsonl")
+    metrics, before = Path(config.out, "metrics.jsonl"), Path(config.out, "config.json")
     if not config.resume and metrics.exists() and metrics.stat().st_size:
         raise SystemExit(f"{config.out} holds an earlier run. "
                          "Pass --resume to go on with it, or another --out.")
+    if config.resume and before.exists():
+        for name, value in json.loads(before.read_text()).items():
+            if name not in FREE and getattr(config, name, value) != value:
+                raise SystemExit(f"{config.out} was begun with --{name} {value}, now it is "
+                                 f"{getattr(config, name)}. Give the same, or another --out.")
 
 
 def batch_rows(n, size, seed, step):
@@ -614,7 +630,8 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
     return rank, world, device
 
 
@@ -711,7 +728,8 @@ def save_model(model, encode, folder, rank):
 def open_log(out, step, config):
     """Make the output folder, write config.json, drop the metrics of steps that will run again."""
     Path(out, "samples").mkdir(parents=True, exist_ok=True)
-    Path(out, "config.json").write_text(json.dumps(asdict(config), indent=1))
+    Path(out, "config.json.tmp").write_text(json.dumps(asdict(config), indent=1))
+    os.replace(Path(out, "config.json.tmp"), Path(out, "config.json"))
     path = Path(out, "metrics.jsonl")
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [line for line in lines if json.loads(line)["step"] <= step]

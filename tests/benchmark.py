@@ -81,20 +81,17 @@ def our_update(model, encode, chats, tokens, keep, old_logp, advantage):
 def plain_rollout(model, encode, chats, n, tokens):
     """generate() with N rows per chat; the sampler is bent to `tokens`, whose log-probs it returns."""
     model.model.language_model.config._attn_implementation, found = "sdpa", []
-    for i, chat in enumerate(chats):
-        inputs = {k: v.to(DEVICE) for k, v in encode([chat]).items()}
-        begin, wanted, logps = inputs["input_ids"].shape[1], tokens[i * n:(i + 1) * n], []
-        banned = torch.tensor([encode.image_id, encode.video_id], device=DEVICE)
+    inputs = {k: v.to(DEVICE) for k, v in encode(chats).items()}
+    banned = torch.tensor([encode.image_id, encode.video_id], device=DEVICE)
 
-        def bend(ids, scores):
-            token = wanted[:, ids.shape[1] - begin, None]
-            logps.append(G.policy_logp(scores, 1.0, banned).gather(1, token))
-            return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+    def bend(ids, scores):
+        token = tokens[:, ids.shape[1] - inputs["input_ids"].shape[1], None]
+        found.append(G.policy_logp(scores, 1.0, banned).gather(1, token))
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
-        model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE, eos_token_id=None,
-                       pad_token_id=encode.pad_id, logits_processor=[bend])
-        found.append(torch.cat(logps, 1))
-    return torch.cat(found)
+    model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE, eos_token_id=None,
+                   pad_token_id=encode.pad_id, logits_processor=[bend])
+    return torch.cat(found, 1)
 
 
 def plain_logps(model, encode, chat, tokens):

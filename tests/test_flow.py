@@ -234,7 +234,7 @@ def test_first_ratio_is_one_and_the_base_is_the_lora_off(pipe, rows, sampler, mo
                               config(sampler=sampler, batch=7))
         assert (seen[1] - 1).abs().max() < 1e-5
         assert (seen[2].max() < 1e-9) == (scale == 0)
-        with flow.base_editor(pipe.transformer):
+        with flow.lora_off(pipe.transformer):
             assert torch.equal(flow.predict_velocity(pipe, noise, sigmas[1], cond), plain)
         assert torch.equal(flow.predict_velocity(pipe, noise, sigmas[1], cond), plain) == (scale == 0)
 

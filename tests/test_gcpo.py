@@ -133,6 +133,12 @@ def test_score_metrics():
     assert (m["score_w"], m["score_l"]) == (6.0, 5.0)
 
 
+def test_a_tie_that_earns_something_is_not_dead():
+    scores = torch.tensor([[5.0, 6.0]]), torch.tensor([[6.0, 6.0]])
+    assert G.score_metrics(*scores)["dead"] == 1 and G.score_metrics(*scores, tie=0.5)["dead"] == 0
+    assert G.score_metrics(*scores, tie=0.5)["win"] == 0.25
+
+
 def test_every_pair_is_solved_dead_contested_or_reversed():
     """Solved: all wins. Dead: no gradient and not solved. Reversed: the rejected edit wins more often than it loses."""
     w = torch.tensor([[8.0, 9], [5, 5], [1, 2], [8, 3], [3, 3.5], [NAN, NAN]])
@@ -368,7 +374,6 @@ def test_shard_needs_ranks_and_full_finetuning(vlm, pairs, tmp_path, run_here):
 
 def test_lora_is_merged_into_an_ordinary_folder(vlm, pairs, tmp_path, run_here):
     """Only linear layers of the language model change, two ranks agree, and a stopped run resumes."""
-    from safetensors.torch import load_file
     flags = (*SMALL, "--lora_rank", 2, "--lr", 1e-2, "--pairs", pairs, "--model", vlm)
     text = run_here(G, *flags, "--out", tmp_path / "one")
     assert "ratio - 1 in [-" in text and "0.0 M parameters" in text
@@ -382,6 +387,26 @@ def test_lora_is_merged_into_an_ordinary_folder(vlm, pairs, tmp_path, run_here):
     assert before.keys() == after.keys()
     changed = {name for name in before if (before[name].float() - after[name]).abs().max() > 1e-6}
     assert changed and all(name.startswith("model.layers") and name.endswith("proj.weight") for name in changed)
+
+
+def test_a_merged_model_is_fp32_as_a_whole(vlm):
+    """Else a stock loader, which goes by the first dtype it meets, would round the update away."""
+    model, _ = G.load_vlm(vlm, torch.device("cpu"), torch.bfloat16)
+    before = {name: value.float() for name, value in model.state_dict().items()}
+    G.add_lora(model, G.linear_layers(model), 2, 4)
+    layer = next(m for m in model.modules() if isinstance(m, G.LoRALinear))
+    torch.nn.init.constant_(layer.lora_B.weight, 0.01)
+    G.merge_lora(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.float32}
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        "model.language_model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_the_kl_of_a_lora_is_to_the_model_without_it(vlm, pairs, tmp_path, run_here):
+    run_here(G, *SMALL, "--kl", 0.1, "--lora_rank", 2, "--lr", 1e-2, "--pairs", pairs, "--model", vlm, "--out", tmp_path)
+    kl = [row["kl"] for row in read_rows(tmp_path / "metrics.jsonl")[1:]]
+    assert kl[0] < 1e-8 < 1e-6 < kl[-1]
 
 
 def test_kl_holds_the_policy_back(vlm, pairs, tmp_path, run_here):
@@ -404,21 +429,23 @@ def test_stop_and_resume(straight, vlm, pairs, tmp_path, run_here, monkeypatch):
             calls.append(1), len(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM), update(params)))
         assert "--resume goes on" in run_here(G, *flags)
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 3 and not (tmp_path / "model").exists()
-    with pytest.raises(SystemExit, match="--resume"):
-        run_here(G, *flags)
-    run_here(G, *flags, "--resume")
+    for more, message in (((), "--resume"), (("--resume", "--group_size", 8), "begun with --group_size 4, now it is 8")):
+        with pytest.raises(SystemExit, match=message):
+            run_here(G, *flags, *more)
+    run_here(G, *flags, "--resume", "--save_every", 1)
     assert weight_difference(straight[0], tmp_path) == 0                              # bit for bit
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_kill_and_resume(straight, vlm, pairs, tmp_path, run_here):
-    """kill -9 at some moment after a saved step: nothing is lost but the step in hand."""
+    """kill -9 after the first look, or after a saved step: nothing is lost but the step in hand, and nothing logged twice."""
     flags = [str(f) for f in (*SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path)]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gcpo.py"), *flags], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    for sign in ("metrics.jsonl", "state.safetensors"):
+        process = subprocess.Popen([sys.executable, str(ROOT / "train_gcpo.py"), *flags, "--resume"], stdout=subprocess.DEVNULL)
+        while not ((tmp_path / sign).exists() and (tmp_path / sign).stat().st_size) and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
     run_here(G, *flags, "--resume")
     assert weight_difference(straight[0], tmp_path) == 0                              # bit for bit
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
@@ -468,6 +495,9 @@ def broken(pairs, tmp_path, change):
     (lambda rows: rows[3].pop("rejected"), "line 4.*rejected"),
     (lambda rows: rows[3].update(id=rows[0]["id"]), "line 4.*stands in line 1"),
     (lambda rows: rows[3].update(chosen="nowhere.png"), "line 4.*chosen.*nowhere.png"),
+    (lambda rows: rows[3].update(instruction=None), "line 4.*instruction must be text"),
+    (lambda rows: rows[3].update(instruction="add <|image_pad|>"), "line 4.*instruction must be text"),
+    (lambda rows: rows[3].update(instruction="smile \ud83d"), "line 4.*surrogates"),
     (lambda rows: rows[3].update(principles=[{"question": "?", "category": "other"}]), "line 4.*principles"),
     (lambda rows: rows.__delitem__(slice(6, None)), "6 pairs.*--held_out")])
 def test_bad_pairs_stop_the_run_with_a_reason(change, message, vlm, pairs, tmp_path, run_here):
@@ -482,3 +512,16 @@ def test_missing_flags_files_and_models_are_named(vlm, pairs, tmp_path, run_here
                            (("--pairs", pairs, "--model", tmp_path, "--out", tmp_path), "no model that can be loaded")):
         with pytest.raises(SystemExit, match=message):
             run_here(G, *SMALL, *flags)
+
+
+@pytest.mark.parametrize("flags", [("--temperature", 0), ("--group_size", 1), ("--updates_per_rollout", 0), ("--sample_every", 0)])
+def test_settings_that_cannot_teach_are_refused(flags, vlm, pairs, tmp_path, run_here):
+    with pytest.raises(SystemExit, match=flags[0]):
+        run_here(G, *SMALL, *flags, "--pairs", pairs, "--model", vlm, "--out", tmp_path / "out")
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(vlm, pairs, tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr(G, "clipped_loss", lambda logp, *_: (logp * NAN).sum())
+    with pytest.raises(SystemExit, match="step 1: the gradient's norm is nan"):
+        run_here(G, *SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()

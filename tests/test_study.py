@@ -17,13 +17,14 @@ def test_scaled_advantages_are_standard_scores():
 
 def test_preference_loss_by_brute_force():
     g, n = torch.Generator().manual_seed(0), 3
-    logp, old = -torch.rand(6, 4, generator=g), -torch.rand(6, 4, generator=g)
+    logp, ref = -torch.rand(6, 4, generator=g), -torch.rand(6, 4, generator=g)
     mask = torch.rand(6, 4, generator=g) < 0.7
     advantage = torch.tensor([0.2, -0.3, 0.1, 0.0, 0.0, 0.0])               # the second group teaches nothing
     study.preference_loss.group_size = n
-    gain = [sum((logp[i, t] - old[i, t]).item() for t in range(4) if mask[i, t]) for i in range(3)]
+    gain = [sum((logp[i, t] - ref[i, t]).item() for t in range(4) if mask[i, t]) for i in range(3)]
     want = -math.log(1 / (1 + math.exp(-0.1 * (gain[0] - gain[1])))) / 2
-    assert study.preference_loss(logp, old, advantage, mask, 0.2).item() == pytest.approx(want, rel=1e-5)
+    assert study.hold_advantages(logp, logp, advantage, mask, 0.2) == 0
+    assert study.preference_loss(logp, ref, mask).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_first_pairs_keeps_the_held_out_ones(tmp_path):

@@ -29,7 +29,7 @@ import world               # noqa: E402
 VARIANTS = {
     "base": [], "n2": ["--group_size", "2"], "n4": ["--group_size", "4"],
     "n16": ["--group_size", "16"], "half": ["--tie", "0.5"], "kl": ["--kl", "0.05"], "std": [],
-    "dpo": [], "pairs10": [], "pairs25": [], "pairs50": [], "small": []}
+    "dpo": ["--kl", "1"], "pairs10": [], "pairs25": [], "pairs50": [], "small": []}
 
 
 # ---------------------------------------------------------------- what is swapped
@@ -39,10 +39,19 @@ def scaled_advantages(r):
     return (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4)
 
 
-def preference_loss(logp, old_logp, advantage, mask, clip_eps, beta=0.1):
-    """DPO (arXiv 2305.18290), best of each N verdicts against the worst; old_logp: the reference."""
-    n, gain = preference_loss.group_size, ((logp - old_logp) * mask).sum(1)
-    gain, order = gain.view(-1, n), advantage.view(-1, n)
+def hold_advantages(logp, old_logp, advantage, mask, clip_eps):
+    """No loss of its own, but the advantages for preference_loss."""
+    preference_loss.advantage = advantage
+    return 0 * logp.sum()
+
+
+def preference_loss(logp, ref_logp, mask, beta=0.1):
+    """DPO (arXiv 2305.18290) in the place of the KL, where π_ref, the SFT-RRM, is at hand.
+
+    The best of every N verdicts is preferred to the worst; both are the policy's own.
+    """
+    n, gain = preference_loss.group_size, ((logp - ref_logp) * mask).sum(1)
+    gain, order = gain.view(-1, n), preference_loss.advantage.view(-1, n)
     best, worst = (gain.gather(1, pick(1, keepdim=True)) for pick in (order.argmax, order.argmin))
     differ = order.max(1).values > order.min(1).values
     return -(F.logsigmoid(beta * (best - worst))[:, 0] * differ).mean()
@@ -71,7 +80,7 @@ def train_variant(args):
     if args.variant == "std":
         train_gcpo.advantages = scaled_advantages
     if args.variant == "dpo":
-        train_gcpo.clipped_loss = preference_loss
+        train_gcpo.clipped_loss, train_gcpo.kl_penalty = hold_advantages, preference_loss
         preference_loss.group_size = train_gcpo.Config.group_size
     if args.variant.startswith("pairs"):
         pairs = first_pairs(pairs, int(args.variant.removeprefix("pairs")) / 100)

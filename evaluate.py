@@ -986,8 +986,8 @@ def check_complete(files, config):
         lost = dict.fromkeys(name for name in [*wanted[kind_of(rows)], *names] if name not in ids)
         if lost:
             missing[label] = list(lost)
-            names = ", ".join(missing[label][:20]) + (", ..." if len(lost) > 20 else "")
-            text = f"{path}: expected {len(rows) + len(lost)}, got {len(rows)}: {names}"
+            some = ", ".join(missing[label][:20]) + (", ..." if len(lost) > 20 else "")
+            text = f"{path}: expected {len(rows) + len(lost)}, got {len(rows)}: {some}"
             if not config.allow_missing:
                 raise SystemExit(f"{text}. Run the command that writes it again, or give "
                                  "--allow_missing to average what is there.")

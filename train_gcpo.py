@@ -269,13 +269,13 @@ def packed_logps(model, encode, chats, tokens, keep, temperature=1.0):
 
 
 def load_policy(config, device):
-    """The SFT-RRM, ready to train: (model, Encoder, its packed_logps, those of a frozen copy)."""
+    """The SFT-RRM, ready to train: (model, Encoder, packed_logps of π, those of π_ref if --kl)."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float32      # of what is not trained
     model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
                              half if config.lora_rank else torch.float32, config.max_pixels)
     pack_attention(model)
-    model.model.language_model.rotary_emb.register_forward_hook(     # fp32 angles would double the
-        lambda module, args, angles: tuple(a.to(half) for a in angles))       # KV cache's size
+    model.model.language_model.rotary_emb.register_forward_hook(       # else the KV cache is fp32
+        lambda module, args, angles: tuple(a.to(half) for a in angles))
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.lora_rank:
         torch.manual_seed(config.seed)                                     # the same on every rank
@@ -366,12 +366,10 @@ def print_identities(tau_w, tau_l, tie, low, high):
     """What must hold in the first step, whatever the model (ratio 1: if one update per rollout)."""
     r_w, r_l = win_ratios(tau_w, tau_l, tie)
     sums = torch.stack([advantages(r_w), advantages(r_l)]).sum(-1).abs().max()
-    strict = sum(w > l for ws, ls in zip(tau_w.tolist(), tau_l.tolist()) for w in ws for l in ls)
+    strict = (tau_w[:, :, None] > tau_l[:, None]).float().mean()
     print(f"identities: ratio - 1 in [{low - 1:.0e}, {high - 1:.0e}] | "
-          f"advantages sum to {sums:.0e} | "
-          f"mean r^w {r_w.mean():.4f} = mean r^l {r_l.mean():.4f} = strict win rate "
-          f"{strict / tau_w.numel() / tau_l.shape[1]:.4f} (where every verdict is readable, "
-          "and ties earn 0)",
+          f"advantages sum to {sums:.0e} | mean r^w {r_w.mean():.4f} = mean r^l {r_l.mean():.4f} = "
+          f"strict win rate {strict:.4f} (where every verdict is readable and ties earn 0)",
           flush=True)
 
 

@@ -29,7 +29,7 @@ class Stop(list):
 train_gcpo.catch_stop = Stop
 train_gcpo.main()
 """
-SMALL = ("--toy", "--steps", 4, "--pairs_per_step", 4, "--group_size", 4, "--max_new", 12, "--held_out", 4,
+SMALL = ("--toy", "--steps", 5, "--pairs_per_step", 4, "--group_size", 4, "--max_new", 12, "--held_out", 4,
          "--sample_every", 2, "--save_every", 1, "--warmup", 1, "--micro", 3, "--lr", 1e-4)
 
 
@@ -321,7 +321,7 @@ def test_greedy_takes_the_most_likely_token_and_placeholders_are_never_written(s
 
 @pytest.fixture(scope="module")
 def straight(vlm, pairs, tmp_path_factory):
-    """An uninterrupted run of four steps."""
+    """An uninterrupted run of five steps."""
     out = tmp_path_factory.mktemp("gcpo") / "straight"
     text = run_script("train_gcpo.py", *SMALL, "--pairs", pairs, "--model", vlm, "--out", out).stdout
     return out, text
@@ -330,8 +330,8 @@ def straight(vlm, pairs, tmp_path_factory):
 def test_run_writes_what_it_promises(straight):
     out, text = straight
     rows = read_rows(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and "eta" in text
-    assert {p.name for p in (out / "samples").iterdir()} == {f"step_{s:06d}.{end}" for s in (0, 2, 4) for end in ("json", "png")}
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5] and "eta" in text
+    assert {p.name for p in (out / "samples").iterdir()} == {f"step_{s:06d}.{end}" for s in (0, 2, 4, 5) for end in ("json", "png")}
     held = json.loads((out / "samples" / "step_000004.json").read_text())
     assert len(held) == 4 and all(len(row[side]) == 4 for row in held for side in ("chosen", "rejected"))
     assert json.loads((out / "config.json").read_text())["group_size"] == 4
@@ -434,7 +434,7 @@ def test_stop_and_resume(straight, vlm, pairs, tmp_path, run_here, monkeypatch):
             run_here(G, *flags, *more)
     run_here(G, *flags, "--resume", "--save_every", 1)
     assert weight_difference(straight[0], tmp_path) == 0                              # bit for bit
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
 def test_kill_and_resume(straight, vlm, pairs, tmp_path, run_here):
@@ -448,7 +448,7 @@ def test_kill_and_resume(straight, vlm, pairs, tmp_path, run_here):
         process.wait()
     run_here(G, *flags, "--resume")
     assert weight_difference(straight[0], tmp_path) == 0                              # bit for bit
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
 def test_several_updates_leave_ratio_one(vlm, pairs, tmp_path, run_here):

@@ -6,136 +6,154 @@
 
        accuracy_i = mean_k 1[verdict_ik = gold_k],    the most accurate trace is what stage 3 learns
 
-    principles.jsonl ─► + edit, editor, seed
-                     ─► + traces: [{vlm, temperature, text, verdict, average, score}], unread
-                     ─► + gold, accuracy, chosen (index), text (of the chosen trace)
+    principles.jsonl -> + edit, editor, seed
+                     -> + traces: [{vlm, temperature, text, verdict, average, score}], unread
+                     -> + gold, accuracy, chosen (index), text (of the chosen trace)
 
 Step a runs if --editors is given, b if --pool is, c if --inspector is. Each goes on where its file
-in --out ends, row by row, so changed settings want another --out; what cannot be used is in
-<step>.failed.jsonl. Edits made elsewhere may be brought along as candidates.jsonl; step a alone
-makes the candidates of preference pairs.
+in --out ends, so changed settings want another --out; what cannot be used: <step>.failed.jsonl.
+Edits made elsewhere may be brought along as candidates.jsonl; step a alone makes the candidates of
+preference pairs.
 
     python build_sft.py --toy --principles principles.jsonl --out runs/toy/sft \
         --editors toy/models/editor toy/models/editor_weak \
         --pool toy/models/teacher --inspector toy/models/teacher
     torchrun --nproc-per-node=8 build_sft.py --principles principles.jsonl --out runs/sft \
-        --editors black-forest-labs/FLUX.1-Kontext-dev --pool Qwen/Qwen2.5-VL-7B-Instruct \
+        --editors black-forest-labs/FLUX.1-Kontext-dev --pool http://host:8000/v1 \
         --inspector Qwen/Qwen2.5-VL-7B-Instruct
 
 Against the paper: its editors are FLUX.1-Kontext, BAGEL and SeedEdit 3.0, ours any of diffusers;
-its judges are two Seed-VL APIs with several prompts, ours any Qwen2.5-VL with one prompt, the whole
-pool in memory at once; how many seeds, samples and temperatures is not printed. Its selector is a
-VLM that follows rules, ours is the rules. Ties go as in its appendix: average, then score, then the
-lower index. As there, no accuracy is too low to be chosen.
+its judges are two Seed-VL APIs with several prompts, ours any Qwen-VL or server with one prompt;
+how many seeds, samples and temperatures is not printed. Its selector is a VLM that follows rules,
+ours is the rules: ties go as in its appendix, average, then score, then the lower index. As there,
+no accuracy is too low to be chosen.
+
+What to change for ... another rule of selection: `choose_trace`. Other editors: `run_pipeline`.
 """
-import argparse, ast, functools, gc, hashlib, inspect, itertools, json, os, re, sys, textwrap
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+import argparse, base64, inspect, io, json, math, os, re, sys, time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import diffusers
+import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from huggingface_hub import InferenceClient
+from PIL import Image, ImageOps
 from tqdm import tqdm
-
-
-@dataclass
-class Config:
-    # data
-    principles: str = ""                          # principles.jsonl of stage 1
-    out: str = ""                                 # folder for the three files and images/
-    seed: int = 0                                 # decides every edit and every trace
-    # a: candidates (about 10 per source in the paper)
-    editors: tuple[str, ...] = ()                 # diffusers editing pipelines: folders or hub ids
-    seeds: int = 4                                # edits per source and editor (ours)
-    steps: int = 28                               # denoising steps (Kontext's default)
-    guidance: float = 2.5                         # Kontext's; true CFG of Qwen-Image-Edit (often 4)
-    size: int = 0                                 # 0 = the editor's own choice, else a square
-    text_length: int = 512                        # T5 tokens of the instruction, padding included
-    # b, c: verdicts
-    pool: tuple[str, ...] = ()                    # VLMs that write traces: folders or hub ids
-    temperatures: tuple[float, ...] = (0.3, 1.0)  # of the pool (ours); 0 = one greedy trace per VLM
-    samples: int = 2                              # traces per VLM and temperature (ours)
-    inspector: str = ""                           # VLM that writes gold: folder or hub id; greedy
-    max_new: int = 2048                           # tokens per reply at most
-    max_pixels: int = 602112                      # VLMs see larger images scaled down (768 tokens)
-    batch: int = 8                                # edits or quadruples per forward pass and rank
-
 
 TOY = dict(seeds=2, steps=6, size=32, text_length=16, temperatures=(0.7, 1.0), samples=1,
            max_new=128, batch=48)
 
 
-# ------------------------------------------------------------------ rows and images
+def parse_args():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--toy", action="store_true", help=f"for the toy world: {TOY}")
+    flags.add_argument("--principles", required=True, help="principles.jsonl of stage 1")
+    flags.add_argument("--out", required=True, help="folder for the three files and images/")
+    # a: candidates
+    flags.add_argument("--editors", nargs="+", default=[], help="diffusers folders or hub ids")
+    flags.add_argument("--seeds", type=int, default=4, help="edits per source and editor")
+    flags.add_argument("--steps", type=int, default=28, help="denoising steps")
+    flags.add_argument("--guidance", type=float, default=2.5, help="Kontext's; Qwen's is 4")
+    flags.add_argument("--size", type=int, default=0, help="of a square; 0: the editor's choice")
+    flags.add_argument("--text_length", type=int, default=512, help="T5 tokens, with padding")
+    # b, c: verdicts
+    flags.add_argument("--pool", nargs="+", default=[], help="VLMs: folders, hub ids or URLs")
+    flags.add_argument("--temperatures", nargs="+", type=float, default=(0.3, 1.0), help="0 greedy")
+    flags.add_argument("--samples", type=int, default=2, help="traces per VLM and temperature")
+    flags.add_argument("--inspector", default="", help="VLM that writes gold; greedy")
+    flags.add_argument("--max_new", type=int, default=2048, help="longest reply in tokens")
+    # run
+    flags.add_argument("--batch", type=int, default=8, help="edits or verdicts at once, per rank")
+    flags.add_argument("--seed", type=int, default=0, help="of every edit and trace")
+    if "--toy" in sys.argv:
+        flags.set_defaults(**TOY)
+    return flags.parse_args()
 
-def grow(path, rows, pictures, batch, work, rank, world):
-    """Append to `path` each row plus what work(rows, images) gains for it; ranks share the batches.
 
-    Rows in the file are skipped, rows that gain an `error` go to <path>.failed.jsonl. -> the counts
+# ---------------------------------------------------------------- the verdict
+
+VERDICT_RULES = """\
+Judge how well the second image carries out the instruction on the first one.
+Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
+doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
+a person are the person's own. Where a question contradicts the instruction, the instruction wins.
+What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
+The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
+useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
+{"average_score": the share of ones}
+<score>your score</score>"""
+SCORE_RULES = """\
+Judge how well the second image carries out the instruction on the first one. Reason first: say what
+you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
+nearly perfect. End with exactly this line:
+<score>your score</score>"""
+
+
+def verdict_chat(source, edit, instruction, principles):
+    """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
+    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    return [{"role": "user", "content": [
+        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
+        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
+        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+
+
+def parse_verdict(text, n_questions):
+    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+
+    The last score counts, with the average and the list before it; nothing is guessed. Without
+    questions there is no list, and score / 10 stands in for the average.
     """
-    written = {row["id"] for row in finished_rows(path, rank)}
-    todo = [{k: v for k, v in row.items() if k != "error"}
-            for row in rows if row["id"] not in written]
-    failed = 0
-    for i in tqdm(range(0, len(todo), batch * world), path.stem, disable=rank > 0, leave=False):
-        chunk, gains, ready, images = todo[i:i + batch * world], {}, [], []
-        for row in chunk[rank::world]:
-            try:
-                images.append([open_image(path.parent, row[key]) for key in pictures])
-                ready.append(row)
-            except ValueError as error:
-                gains[row["id"]] = {"error": str(error)}
-        if ready:
-            gains |= zip([row["id"] for row in ready], work(ready, images))
-        gains = dict(gather_rows(list(gains.items())))                  # of all ranks
-        grown = [row | gains[row["id"]] for row in chunk]
-        good = [row for row in grown if "error" not in row]
-        bad = [row for row in grown if "error" in row]
-        failed += len(bad)
-        if rank == 0:
-            append_rows(path, good)
-            if bad:
-                append_rows(path.with_suffix(".failed.jsonl"), bad)
-    gather_rows([])                                               # all wait until the file is whole
-    done, skipped = len(todo) - failed, len(rows) - len(todo)
-    return f"{path}: rows in {len(rows)}, done {done}, skipped {skipped}, failed {failed}"
+    number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
+    average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
+    *_, match = [None, *re.finditer(rf"{average}<score>{number}</score>", text)]
+    average, score = (float(match[1]), float(match[match.lastindex])) if match else (0, math.inf)
+    if score > 10 or n_questions and average > 1:
+        return None
+    if not n_questions:
+        return [], score / 10, score
+    _, *lists = re.split(r"""\[\s*(?=\{\s*["']\w+["']\s*:)""", text[:match.start()].rstrip())
+    answers = re.findall(r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]""", lists[-1]) if lists else []
+    good = len(answers) == n_questions and {*answers} <= {"0", "1"} and lists[-1].endswith("]")
+    return ([*map(int, answers)], average, score) if good else None
 
 
-# ------------------------------------------------------------------ the inspector
+# ---------------------------------------------------------------- the inspector
 
 INSPECTOR_RULES = """\
-You have the last word on this edit. Other judges have written the verdicts above; some of their answers are wrong.
-Look at both images yourself. Do not copy the judges: where they contradict what you see, what you see is right.
-First write one short passage: what the edited image shows, and where the judges disagree with it or with each other.
-Then answer every question 1 for yes or 0 for no; when in doubt answer 0.
-A change of degree counts only if it is plain to see, a move only if it is more than a tenth of the image.
-A removal counts only if it is complete. If the edited image is the source image, every "follow" question gets 0.
-Where a question contradicts the instruction, the instruction wins.
-On the last line write only this JSON, one entry per question, in order:
-{"gold": [{"question": the question, "gold": 0 or 1}, ...]}"""
+You have the last word on this edit. Other judges wrote the verdicts above; some answers are wrong.
+Look at both images yourself: where the judges contradict what you see, what you see is right. Say
+in one short passage what the edited image shows and where the judges are wrong or disagree. Then
+answer every question 1 for yes, 0 for no or when in doubt. A change of degree must be plain to see,
+a removal complete, a move more than a tenth of the image; an unedited image fails every "follow".
+Where a question contradicts the instruction, the instruction wins. On the last line write only
+{"gold": [{"question": the question, "gold": 0 or 1}, ... one entry per question, in order]}"""
 
 
 def inspector_chat(source, edit, instruction, principles, traces):
     """The prompt of the inspector: all that the judges saw, and all that they wrote."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
+    [message] = verdict_chat(source, edit, instruction, principles)
     verdicts = "".join(f"Verdict {k}:\n{trace['text']}\n" for k, trace in enumerate(traces, 1))
-    return [{"role": "user", "content": [
-        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
-        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
-                                 f"{verdicts}{INSPECTOR_RULES}"}]}]
+    last = message["content"][-1]
+    last["text"] = last["text"].replace(VERDICT_RULES, verdicts + INSPECTOR_RULES)
+    return [message]
 
 
 def parse_gold(text, n_questions):
     """The inspector's 0/1 per question, or None if unreadable; the last {"gold": [...]} counts."""
     for start in reversed([m.start() for m in re.finditer(r"\{\s*\"gold\"\s*:\s*\[", text)]):
         try:
-            items = json.JSONDecoder().raw_decode(text, start)[0]["gold"]
-        except (ValueError, RecursionError):
+            gold = [item["gold"] for item in json.JSONDecoder().raw_decode(text, start)[0]["gold"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        gold = [item.get("gold") if isinstance(item, dict) else None for item in items]
         good = len(gold) == n_questions and all(type(g) is int and g in (0, 1) for g in gold)
         return gold if good else None
     return None
@@ -143,7 +161,7 @@ def parse_gold(text, n_questions):
 
 def agreement(trace, gold):
     """Share of the principles that the trace answers as the inspector does."""
-    return sum(answer == true for answer, true in zip(trace["verdict"], gold)) / len(gold)
+    return sum(answer == truth for answer, truth in zip(trace["verdict"], gold)) / len(gold)
 
 
 def choose_trace(traces, gold):
@@ -153,552 +171,340 @@ def choose_trace(traces, gold):
     return best, agreement(traces[best], gold)
 
 
-# ------------------------------------------------------------------ the three steps
+# ---------------------------------------------------------------- the three steps
 
-def make_candidates(config, rows, path, rank, world, device):
-    """Step a: every editor edits every source with every seed."""
-    counts = []
-    for editor in config.editors:                                       # one at a time in memory
-        name = Path(editor).name
-        load = functools.cache(lambda editor=editor: load_editor(editor, device))
-
-        def work(jobs, images):
-            generators = [seeded(config.seed, "edit", job["id"]) for job in jobs]
-            instructions = [job["instruction"] for job in jobs]
-            sources = [source for source, in images]
-            edits = run_pipeline(load(), sources, instructions, generators, config)
-            for job, edit in zip(jobs, edits):
-                edit.save(path.parent / job["edit"])
-            return [{}] * len(jobs)
-
-        (path.parent / "images" / name).mkdir(parents=True, exist_ok=True)
-        jobs = [row | dict(
-            id=f"{row['id']}/{name}/{k}", edit=f"images/{name}/{file_name(row['id'])}_{k}.png",
-            editor=name, seed=k) for row in rows for k in range(config.seeds)]
-        counts.append(grow(path, jobs, ["source"], config.batch, work, rank, world) + f" ({name})")
-    return "\n".join(counts)
+def open_pictures(path, rows, keys, work, max_pixels=512 * 28 * 28):
+    """work(rows, pictures) on the rows of `path` whose pictures open; an error for the others."""
+    gains, ready, pictures = {}, [], []
+    for row in rows:
+        try:
+            pictures.append([open_image(path, row, key, max_pixels) for key in keys])
+            ready.append(row)
+        except SystemExit as error:
+            gains[row["id"]] = dict(error=str(error))
+    gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else [])
+    return [gains[row["id"]] for row in rows]
 
 
-def write_traces(config, rows, path, rank, world, device):
-    """Step b: every VLM of the pool judges every candidate several times; what is read is kept."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load = functools.cache(
-        lambda: [load_vlm(vlm, device, dtype, config.max_pixels) for vlm in config.pool])
-
-    def work(rows, images):
-        chats = [verdict_chat(*images[i], row["instruction"], row["principles"])
-                 for i, row in enumerate(rows)]
-        traces, asked = [[] for _ in rows], 0
-        for vlm, (model, encode) in zip(config.pool, load()):
-            for temperature in config.temperatures:
-                n = config.samples if temperature else 1
-                keys = [(config.seed, "trace", row["id"], vlm, temperature, k)
-                        for row in rows for k in range(n)]
-                asked += n
-                replies = ask(model, encode, chats, keys, config.max_new, temperature)
-                for i, text in enumerate(replies):
-                    verdict = parse_verdict(text, len(rows[i // n]["principles"]))
-                    if verdict:
-                        trace = dict(vlm=vlm, temperature=temperature, text=text.strip())
-                        trace |= zip(("verdict", "average", "score"), verdict)
-                        traces[i // n].append(trace)
-        return [dict(traces=t, unread=asked - len(t)) if t else
-                dict(error=f"none of the {asked} verdicts can be read", unread=asked)
-                for t in traces]
-
-    return grow(path, rows, ["source", "edit"], config.batch, work, rank, world)
+def make_edits(pipe, args, rows, pictures):
+    """One edit of each row, saved where row["edit"] says; no row gains anything else."""
+    generators = [torch.Generator().manual_seed(seed_of(args.seed, "edit", row["id"]))
+                  for row in rows]
+    edits = run_pipeline(pipe, [source for source, in pictures],
+                         [row["instruction"] for row in rows], generators, args)
+    for row, edit in zip(rows, edits):
+        edit.save(Path(args.out, row["edit"]))
+    return [{}] * len(rows)
 
 
-def choose_traces(config, rows, path, rank, world, device):
+def write_traces(pool, args, rows, pictures):
+    """Step b: every VLM of the pool writes verdicts on each row; the readable ones are kept."""
+    chats = [verdict_chat(*pair, row["instruction"], row["principles"])
+             for row, pair in zip(rows, pictures)]
+    gains = [dict(traces=[], unread=0) for _ in rows]
+    for vlm, ask in pool.items():
+        for temperature in args.temperatures:
+            for k in range(args.samples if temperature else 1):
+                seed = seed_of(args.seed, "trace", rows[0]["id"], vlm, temperature, k)
+                replies = ask(chats, args.max_new, temperature, seed)
+                for row, gain, text in zip(rows, gains, replies):
+                    if not isinstance(text, str):
+                        gain["error"] = repr(text)
+                    elif verdict := parse_verdict(text, len(row["principles"])):
+                        gain["traces"].append(
+                            dict(vlm=vlm, temperature=temperature, text=text.strip())
+                            | dict(zip(("verdict", "average", "score"), verdict)))
+                    else:
+                        gain["unread"] += 1
+    return [gain if gain["traces"] else dict(error="no verdict can be read") | gain
+            for gain in gains]
+
+
+def choose_traces(ask, args, rows, pictures):
     """Step c: the inspector's gold, and the trace that is nearest to it."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load = functools.cache(lambda: load_vlm(config.inspector, device, dtype, config.max_pixels))
-
-    def work(rows, images):
-        gains = [dict(error="not asked yet") for _ in rows]
-        for attempt, temperature in enumerate((0.0, 0.7)):  # an unreadable reply is drawn once more
-            left = [i for i, gain in enumerate(gains) if "error" in gain]
-            if not left:
-                break
-            chats = [inspector_chat(
-                *images[i], *(rows[i][k] for k in ("instruction", "principles", "traces")))
-                for i in left]
-            keys = [(config.seed, "inspect", rows[i]["id"], attempt) for i in left]
-            for i, reply in zip(left, ask(*load(), chats, keys, config.max_new, temperature)):
-                gold, traces = parse_gold(reply, len(rows[i]["principles"])), rows[i]["traces"]
-                if gold is None:
-                    gains[i] = dict(error=f"unreadable reply of the inspector: {reply}")
-                else:
-                    chosen, accuracy = choose_trace(traces, gold)
-                    gains[i] = dict(gold=gold, accuracy=accuracy, chosen=chosen,
-                                    text=traces[chosen]["text"])
-        return gains
-
-    return grow(path, rows, ["source", "edit"], config.batch, work, rank, world)
-
-
-# ------------------------------------------------------------------ pictures
-
-def draw_selection(path, rows, n=5):
-    """Where choosing matters most: n chosen verdicts (green), the two worst of each, and gold."""
-    sheet, digits = [], lambda answers: "".join(map(str, answers))
-    worst = lambda row: sorted(row["traces"], key=lambda t: agreement(t, row["gold"]))
-    loss = lambda row: agreement(worst(row)[0], row["gold"]) - row["accuracy"]
-    for row in sorted(rows, key=loss)[:n]:
-        source, edit = (open_image(path.parents[1], row[key]) for key in ("source", "edit"))
-        chosen = row["traces"][row["chosen"]]
-        shown = [chosen, *[t for t in worst(row) if t is not chosen][:2]]
-        sheet.append((row["instruction"], source, [
-            (edit, f"gold {digits(row['gold'])}\nread {digits(t['verdict'])}\nscore {t['score']:g}",
-             t is chosen) for t in shown]))
-    edit_sheet(path, sheet)
+    chats = [inspector_chat(*pair, row["instruction"], row["principles"], row["traces"])
+             for row, pair in zip(rows, pictures)]
+    gains, replies = [], ask(chats, args.max_new, 0, seed_of(args.seed, "inspect", rows[0]["id"]))
+    for row, reply in zip(rows, replies):
+        gold = isinstance(reply, str) and parse_gold(reply, len(row["principles"]))
+        if gold:
+            chosen, accuracy = choose_trace(row["traces"], gold)
+            gains.append(dict(gold=gold, accuracy=accuracy, chosen=chosen,
+                              text=row["traces"][chosen]["text"]))
+        else:
+            gains.append(dict(error=f"unreadable reply of the inspector: {reply!r}"))
+    return gains
 
 
 def main():
-    config = parse_config(Config, TOY)
-    rank, world, device = setup()
-
-    # ---- what is asked for, checked before the hours of step a
-    any_step = config.editors or config.pool or config.inspector
-    if not config.principles or not config.out or not any_step:
-        raise SystemExit("--principles, --out and one of --editors, --pool, --inspector are needed "
-                         "(python build_sft.py --help).")
-    if len({Path(editor).name for editor in config.editors}) < len(config.editors):
-        raise SystemExit("Two --editors have the same folder name, which tells their edits apart. "
-                         "Rename one.")
-    if len(set(config.pool)) < len(config.pool):
-        raise SystemExit("A VLM is given twice in --pool; --samples asks one several times.")
-    rows = read_rows(config.principles, ("source", "instruction", "principles"),
+    args = parse_args()
+    rank, world, device = find_rank()
+    rows = read_rows(args.principles, ("source", "instruction", "principles"),
                      "Run decompose.py first (README, stage 1).")
-    vlms = [*config.pool, config.inspector] if config.inspector else config.pool
-    for look, folders in ((diffusers.DiffusionPipeline.load_config, config.editors),
-                          (transformers.AutoConfig.from_pretrained, vlms)):
-        for folder in folders:
-            try:
-                look(folder)
-            except (OSError, ValueError) as error:
-                raise SystemExit(f"{folder} is no model that can be loaded "
-                                 f"({str(error).splitlines()[0]}).")
-    out = Path(config.out)
-    candidates, traces, chosen = (out / f"{name}.jsonl" for name in ("candidates", "traces", "sft"))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-        for path, runs in ((candidates, config.editors), (traces, config.pool),
-                           (chosen, config.inspector)):
-            if runs:
-                path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
-    say = print if rank == 0 else lambda *_: None
+    if len({Path(editor).name for editor in args.editors}) < len(args.editors):
+        raise SystemExit("Two --editors of one folder name: their edits would have the same ids.")
+    out, pictures = Path(args.out), ("source", "edit")
+    out.mkdir(parents=True, exist_ok=True)
+    candidates, traces, sft = (out / f"{step}.jsonl" for step in ("candidates", "traces", "sft"))
+    for path, runs in ((candidates, args.editors), (traces, args.pool), (sft, args.inspector)):
+        if runs:
+            start_file(path, rank)
 
-    # ---- a: quadruples
-    rows = [move_paths(row, ["source"], Path(config.principles).parent, out) for row in rows]
-    if config.editors:
-        say(make_candidates(config, rows, candidates, rank, world, device))
+    # ---- a: quadruples, editor by editor; a rank goes on with its own without waiting for others
+    batches = []
+    for editor in args.editors:
+        name, jobs = Path(editor).name, []
+        (out / "images" / name).mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            file = quote(str(row["id"]), safe="")
+            jobs.append([move_paths(row, ["source"], args.principles, candidates) | dict(
+                id=f"{row['id']}/{name}/{k}", edit=f"images/{name}/{file}_{k}.png", editor=name,
+                seed=k) for k in range(args.seeds)])
+        mine = cut(sum(jobs, []), args.batch)[rank::world]
+        pipe = load_editor(editor, device)
+        grow(candidates, mine, lambda batch: open_pictures(
+            candidates, batch, ["source"], partial(make_edits, pipe, args), 2 ** 24), rank)
+        batches += mine
 
     # ---- b: traces
-    needs = ("source", "edit", "instruction", "principles")
-    if config.pool:
-        rows = read_rows(candidates, needs, "Run build_sft.py with --editors first.")
-        say(write_traces(config, rows, traces, rank, world, device))
+    if args.pool:
+        known = finished_rows(candidates)
+        batches = batches or cut([*known.values()], args.batch)[rank::world]
+        batches = [[known[row["id"]] for row in batch if row["id"] in known] for batch in batches]
+        pool = {vlm: connect(vlm, device) for vlm in args.pool}
+        grow(traces, batches, lambda batch: open_pictures(
+            candidates, batch, pictures, partial(write_traces, pool, args)), rank)
 
     # ---- c: gold, and the trace to learn
-    if config.inspector:
-        rows = read_rows(traces, (*needs, "traces"), "Run build_sft.py with --pool first.")
-        counts = choose_traces(config, rows, chosen, rank, world, device)
-        rows = finished_rows(chosen, rank)
-        if rows and rank == 0:
-            every = [agreement(trace, row["gold"]) for row in rows for trace in row["traces"]]
-            best = sum(row["accuracy"] for row in rows) / len(rows)
-            print(f"agreement with gold: chosen traces {best:.3f}, "
-                  f"all traces {sum(every) / len(every):.3f}")
-            draw_selection(out / "samples/selection.png", rows)
-        say(counts)
-    finish()
+    if args.inspector:
+        known = finished_rows(traces)
+        batches = batches or cut([*known.values()], args.batch)[rank::world]
+        batches = [[known[row["id"]] for row in batch if row["id"] in known] for batch in batches]
+        ask = connect(args.inspector, device)
+        grow(sft, batches, lambda batch: open_pictures(
+            traces, batch, pictures, partial(choose_traces, ask, args)), rank)
+        share = [row["accuracy"] for row in finished_rows(sft).values()]
+        print(f"the chosen traces agree with the inspector: {sum(share) / max(1, len(share)):.1%}")
 
 
-# ------------- shared helpers: the same text in every script that needs them (tests/test_copies.py)
+# ---------------------------------------------------------------- helpers, the same in every script
 
-VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first, in plain words: say what you see, then go through the questions one by one.
-Answer a question 1 for yes and 0 for no; when in doubt answer 0 and let the doubt lower your score.
-A change of degree counts only if it is plain to see, a removal only if it is complete, a move only if it is large.
-Write the bounding box of whatever a question places somewhere; left and right of a person are the person's own.
-What the instruction leaves alone must stay: something changed, lost or invented costs more than a half-done edit.
-Where a question contradicts the instruction, the instruction wins. Look for artefacts and for wrong colours too.
-If nothing was edited the score is 0. White borders cost a little.
-The score is your own judgement from 0 to 10, decimals welcome: 0 useless, 5 half usable, 8 nearly perfect.
-It is no mean of the answers: weigh every failed point by how hard it would be to repair.
-End with exactly these three lines:
-[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
-{"average_score": the share of ones}
-<score>your score</score>"""
-
-
-def verdict_chat(source, edit, instruction, principles):
-    """The one prompt of the reward model: two images, instruction, principles and rules."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    return [{"role": "user", "content": [
-        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
-        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
-                                 f"{VERDICT_RULES}"}]}]
-
-
-def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
-
-    Strict: the last score tag, the average before it, the list before that; nothing is guessed.
-    """
-    number = r"([0-9]+(?:\.[0-9]+)?)"
-    tail = re.compile(rf"""\{{\s*["']average_score["']\s*:\s*{number}\s*\}}\s*"""
-                      rf"<score>\s*{number}\s*</score>")
-    match = next(reversed(list(tail.finditer(text))), None)
-    if match is None or not (float(match[1]) <= 1 and float(match[2]) <= 10):
-        return None
-    head = text[:match.start()].rstrip()
-    for start in reversed([m.start() for m in re.finditer(r"\[\s*\{", head)]):
-        for read in (json.loads, ast.literal_eval):         # double quotes, then single quotes
-            try:
-                items = read(head[start:])
-                verdict = [item["score"] for item in items]
-            except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-                continue
-            if len(verdict) == n_questions and all(type(v) is int and v in (0, 1) for v in verdict):
-                return verdict, float(match[1]), float(match[2])
-            return None
-    return None
-
-
-def read_rows(path, needs, made_by):
-    """All rows of a JSONL file, checked: whole lines, unique ids, the fields of `needs` present."""
-    path = Path(path)
-    if not path.is_file():
-        raise SystemExit(f"{path} not found. {made_by}")
-    rows, seen = [], {}
-    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
-        except ValueError as error:
-            raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
-                             "from a killed writer: delete it and run that stage again.")
-        missing = [k for k in ("id", *needs) if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise SystemExit(f"{where}: no field {', '.join(missing)}. {made_by}")
-        if row["id"] in seen:
-            raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
-                             "Ids must be unique: rename or delete one of the two.")
-        text = row["instruction"] if "instruction" in needs else ""
-        if not isinstance(text, str) or "<|" in text:
-            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
-                             "<|...|>, which stands for a token. Mend or remove the row.")
-        if "principles" in needs:
-            check_principles(row["principles"], f"{where} ({row['id']})")
-        seen[row["id"]] = number
-        rows.append(row)
-    if not rows:
-        raise SystemExit(f"{path} is empty. {made_by}")
-    return rows
-
-
-def check_principles(principles, where):
-    """Stop unless `principles` is [{question: text, category: follow | keep | quality}, ...]."""
-    good = isinstance(principles, list) and principles and all(
-        isinstance(p, dict) and isinstance(p.get("question"), str)
-        and p.get("category") in ("follow", "keep", "quality") for p in principles)
-    if not good:
-        raise SystemExit(f"{where}: principles must be a list of "
-                         "{question, category: follow | keep | quality}. "
-                         "Make them with decompose.py (README, stage 1).")
-
-
-def open_image(folder, name):
-    """A picture as RGB, EXIF rotation applied, transparency on white; ValueError names the file."""
-    path = Path(folder) / str(name)
+def read_rows(path, fields, made_by):
+    """The rows of a JSONL file: every line whole, every id once, every field there."""
+    rows, number = {}, 0
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":                           # Pillow would clip 16-bit grey to white
-            raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
-        if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
-            raise ValueError("one side is more than 200 times the other")
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            row = json.loads(line)
+            if missing := [name for name in ("id", *fields) if name not in row]:
+                raise ValueError(f"no field {', '.join(missing)}")
+            if row["id"] in rows:
+                raise ValueError(f"the id {row['id']!r} stands there twice")
+            if "<|" in row.get("instruction", "") + str(row.get("principles")):
+                raise ValueError("<| in instruction or principles would be read as a token")
+            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
+                raise ValueError("principles are [{question, category}, ...]")
+            rows[row["id"]] = row
+        if not rows:
+            raise ValueError("the file is empty")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    return [*rows.values()]
+
+
+def open_image(path, row, key, max_pixels=512 * 28 * 28):
+    """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
+    file = Path(path).parent / str(row[key])
+    try:
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "it")
-        raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
-                         "Restore the file or remove its row.")
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+                         "Restore the picture or delete the row.")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
+    return image
 
 
-def append_rows(path, rows):
-    """Add rows to a JSONL file, flushed to the disk: a kill loses at most the row in hand."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+def cut(rows, size):
+    """Batches by row number: a rerun, and any number of ranks, meet the same ones."""
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def finished_rows(path, rank):
-    """The rows that an earlier run has written to `path`; a last line torn by a kill is cut off."""
-    data = Path(path).read_bytes() if Path(path).exists() else b""
-    end = data.rfind(b"\n") + 1
-    if end < len(data) and rank == 0:
-        os.truncate(path, end)
-    return [json.loads(line) for line in data[:end].splitlines()]
+def finished_rows(path):
+    """{id: row} of a JSONL file that may still be growing: its whole lines."""
+    data = path.read_bytes() if path.exists() else b""
+    rows = map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())
+    return {row["id"]: row for row in rows}
 
 
-def move_paths(row, keys, folder, new_folder):
-    """The row, its image paths rewritten: they resolved from `folder`, now from `new_folder`."""
-    # real paths, because ".." goes astray where a folder is a symbolic link
-    old, new = os.path.realpath(folder), os.path.realpath(new_folder)
+def start_file(path, rank):
+    """Before a run: cut off a last line torn by a kill; what failed will be tried again."""
+    if rank == 0 and path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    if rank == 0:
+        path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
+
+
+def grow(path, batches, work, rank):
+    """Append row | gain to `path` for every row that it lacks: work(batch) -> a gain per row.
+
+    A gain with `error` sends its row to <name>.failed.jsonl. A batch is done whole or again.
+    """
+    written, counts = finished_rows(path), Counter()
+    for batch in tqdm(batches, path.stem, disable=rank > 0, leave=False):
+        todo = any(row["id"] not in written for row in batch)
+        for row, gain in zip(batch, work(batch) if todo else batch):
+            fate = "skipped" if row["id"] in written else "failed" if "error" in gain else "done"
+            counts[fate] += 1
+            if fate != "skipped":
+                target = path if fate == "done" else path.with_suffix(".failed.jsonl")
+                with open(target, "a") as file:
+                    file.write(json.dumps(row | gain) + "\n")
+    print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
+          f"failed {counts['failed']}")
+
+
+def move_paths(row, keys, old, new):
+    """The row of the JSONL file `old` with its picture paths as they read in the file `new`."""
+    old, new = (os.path.realpath(Path(path).parent) for path in (old, new))
     return row | {k: os.path.relpath(os.path.join(old, str(row[k])), new) for k in keys}
 
 
-def file_name(row_id):
-    """A file name for any id: the id itself, or if it holds odd characters a unique stand-in."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", str(row_id))[:80]
-    digest = hashlib.sha256(str(row_id).encode()).hexdigest()[:8]
-    return name if name == row_id else f"{name}-{digest}"
+def connect(vlm, device):
+    """ask(chats, max_new, temperature, seed) of a folder, a hub id or http://host:port/v1."""
+    if "://" in vlm:
+        return partial(ask_server, vlm)
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    return partial(ask_model, *load_vlm(vlm, device, dtype))
+
+
+def load_vlm(folder, device, dtype):
+    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa")
+        return model.to(device).eval(), Encoder(folder)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
+                         "Give a Hugging Face folder or hub id.")
 
 
 class Encoder:
-    """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
+    """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
-    def __init__(self, folder, max_pixels=None):
+    def __init__(self, folder):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        bound = {"max_pixels": max_pixels} if max_pixels else {}
-        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
-        self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
-            ["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        self.pad_id = self.tokenizer.pad_token_id
+        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
 
     def __call__(self, chats):
-        pictures = [c["image"] for chat in chats for m in chat if not isinstance(m["content"], str)
-                    for c in m["content"] if c["type"] == "image"]
-        pixels = self.images(images=pictures, return_tensors="pt")
-        n_tokens = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = []
-        for chat in chats:
-            head, *rest = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
-            texts.append(head + "".join("<|image_pad|>" * next(n_tokens) + part for part in rest))
-        encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = encoded["input_ids"]
-        return dict(input_ids=ids, attention_mask=encoded["attention_mask"],
-                    mm_token_type_ids=(ids == self.image_id).int(), **pixels)  # mrope: 1 = image
+        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+                              if part["type"] == "image"], return_tensors="pt")
+        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
+                                                   add_generation_prompt=True)
+        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
+        ids = inputs["input_ids"]                                 # 3-D positions need the types
+        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
+                    mm_token_type_ids=(ids == self.banned[0]).int())
 
 
-def load_vlm(folder, device, dtype, max_pixels=None):
-    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        encode = Encoder(folder, max_pixels)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"{folder} is no model that can be loaded ({str(error).splitlines()[0]}). "
-            "Give a Hugging Face folder or hub id of a Qwen2.5-VL, such as toy/models/vlm.")
-    return model.to(device).eval(), encode
-
-
-def policy_logp(logits, temperature, banned):
-    """Log-probs in fp32; image and video placeholders (no pixels behind them) are never written."""
-    return (logits.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
-
-
-def uniforms(keys, length):
-    """One uniform number per token, from a generator per key: (len(keys), length) in [0, 1).
-
-    Sampling then depends on the key alone, not on the batch, the number of ranks, or a restart.
-    """
-    hashes = [hashlib.sha256(repr(key).encode()).digest()[:8] for key in keys]
-    generators = [torch.Generator().manual_seed(int.from_bytes(h, "little") >> 1) for h in hashes]
-    return torch.stack([torch.rand(length, generator=g) for g in generators])
-
-
-@torch.no_grad()
-def rollout(model, encode, chats, n, u, temperature=1.0):
-    """Sample n continuations per chat; the vision tower and the prompt are computed once per chat.
-
-    u (B*n, T) decides the tokens (inverse CDF); temperature 0 takes the likeliest, u stays unread.
-    -> tokens, logp of each under the policy, keep = up to and with the end token: all (B*n, T).
-    """
-    device = model.device
-    inputs = {k: v.to(device) for k, v in encode(chats).items()}
-    banned = torch.tensor([encode.image_id, encode.video_id], device=device)
-    position, delta = model.model.get_rope_index(
-        **{k: v for k, v in inputs.items() if k != "pixel_values"})
-    out = model(**inputs, position_ids=position, use_cache=True, logits_to_keep=1)  # prefill B rows
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)                              # row b -> rows b*n ... b*n + n-1
-    mask = inputs["attention_mask"]
-    place = (mask.sum(1, keepdim=True) + delta).repeat_interleave(n, 0)   # real length, not padded
-    mask = mask.repeat_interleave(n, 0)
-    u, alive = u.to(device), torch.arange(len(u), device=device)
-    tokens = torch.full(u.shape, encode.pad_id, device=device)
-    logp = torch.zeros(u.shape, device=device)
-    keep = torch.zeros(u.shape, dtype=torch.bool, device=device)
-    for t in range(u.shape[1]):
-        logps = policy_logp(logits, temperature or 1.0, banned)
-        if temperature:
-            cdf = logps.exp().cumsum(-1)
-            token = (cdf <= u[alive, t, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-        else:
-            token = logps.argmax(-1, keepdim=True)
-        tokens[alive, t], keep[alive, t] = token[:, 0], True
-        logp[alive, t] = logps.gather(1, token)[:, 0]
-        going = token[:, 0] != encode.eos_id
-        if not going.any() or t == u.shape[1] - 1:
-            break
-        if not going.all():                                       # finished rows leave the batch
-            rows = going.nonzero()[:, 0]
-            cache.batch_select_indices(rows)
-            alive, token, mask, place = alive[rows], token[rows], mask[rows], place[rows]
-        mask = torch.cat([mask, torch.ones_like(token)], 1)
-        logits = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True,
-                       position_ids=(place + t).expand(3, -1, -1)).logits[:, -1]
-    return tokens, logp, keep
-
-
-def ask(model, encode, chats, keys, max_new, temperature):
-    """One reply per key, all keys of the first chat first (temperature 0 = greedy)."""
-    u = uniforms(keys, max_new)
-    tokens, _, _ = rollout(model, encode, chats, len(keys) // len(chats), u, temperature)
+def ask_model(model, encode, chats, max_new, temperature, seed):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
+    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
+        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
+        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
+        **(draw if temperature else dict(do_sample=False)))
+    torch.manual_seed(seed)
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
+                                         enabled=model.device.type == "cuda"):
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
+    tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def ask_server(url, chats, max_new, temperature, seed):
+    """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
+    url, _, name = url.partition("#")                     # URL#NAME where it serves several models
+    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                             timeout=300)
+
+    def reply(chat):
+        content = [dict(part) for part in chat[0]["content"]]
+        for part in content:
+            if part["type"] == "image":
+                part.pop("image").save(png := io.BytesIO(), "PNG")
+                data = base64.b64encode(png.getvalue()).decode()
+                part |= dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+        for wait in (1, 2, 4, 0):
+            try:
+                return client.chat_completion(
+                    [dict(role="user", content=content)], model=name or "default", seed=seed,
+                    max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
+            except Exception as error:           # a network fails in more ways than one can list
+                failure = error
+                time.sleep(wait)
+        return failure
+
+    with ThreadPoolExecutor(16) as pool:
+        replies = [*pool.map(reply, chats)]
+    if replies and all("Connect" in type(reply).__name__ for reply in replies):
+        raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
+    return replies
 
 
 def load_editor(folder, device):
     """Any editing pipeline of diffusers, from a folder or hub id; bf16 on a GPU, fp32 on a CPU."""
     for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()    # resized pictures, missing torchvision: known and harmless
+        logging.set_verbosity_error()      # missing torchvision and accelerate: known and harmless
         logging.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"{folder} is no editor that can be loaded ({str(error).splitlines()[0]}). "
-            "Give a diffusers folder or hub id, such as toy/models/editor.")
-    if "image" not in inspect.signature(pipe.__call__).parameters:
-        raise SystemExit(f"{folder} holds a {type(pipe).__name__}, which takes no source image: "
-                         "not an editor.")
+        raise SystemExit(f"{folder} is no editor of diffusers: {str(error).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
-def run_pipeline(pipe, sources, prompts, generators, config):
-    """One edit per (source, prompt, generator), by the pipeline's own __call__.
-
-    config has steps, guidance, text_length and size (0 = the pipeline's own choice, else a square).
-    """
-    knows = inspect.signature(pipe.__call__).parameters
-    options = dict(num_inference_steps=config.steps, max_sequence_length=config.text_length)
-    distilled = "transformer" in pipe.components and pipe.transformer.config.get("guidance_embeds")
-    if "true_cfg_scale" in knows and not distilled:  # Qwen-Image-Edit: guidance by two forwards
-        options |= dict(true_cfg_scale=config.guidance, negative_prompt=" ")
-    else:                                            # Kontext: guidance is an input
-        options |= dict(guidance_scale=config.guidance)
-    if config.size:
-        sources = [source.resize((config.size, config.size), Image.LANCZOS) for source in sources]
-        options |= dict(height=config.size, width=config.size, max_area=config.size ** 2,
-                        _auto_resize=False)
-    # Only Kontext is known to take a batch: others read several images as references of one edit.
-    batched, edits = type(pipe).__name__ == "FluxKontextPipeline", []
-    alike = lambda i: sources[i].size if batched else i
-    for _, group in itertools.groupby(range(len(sources)), alike):
-        group = list(group)
-        every = dict(image=sources, prompt=prompts, generator=generators)
-        given = {k: [v[i] for i in group] if batched else v[group[0]] for k, v in every.items()}
-        if "max_area" in knows:                      # Kontext wants to be told the aspect ratio
-            given |= dict(zip(("width", "height"), sources[group[0]].size))
+def run_pipeline(pipe, sources, instructions, generators, args):
+    """One edit per source by the pipeline itself; args: steps, guidance, size, text_length."""
+    knows, edits = inspect.signature(pipe.__call__).parameters, []
+    options = dict(num_inference_steps=args.steps, max_sequence_length=args.text_length)
+    if pipe.transformer.config.get("guidance_embeds"):       # Kontext: guidance is an input
+        options |= dict(guidance_scale=args.guidance)
+    else:                                                    # Qwen-Image-Edit: two forwards
+        options |= dict(true_cfg_scale=args.guidance, negative_prompt=" ")
+    if args.size:
+        sources = [source.resize((args.size, args.size), Image.LANCZOS) for source in sources]
+        options |= dict(max_area=args.size ** 2, _auto_resize=False)
+    # Kontext takes a batch of one size; elsewhere several images are references of one edit
+    batched = "max_area" in knows and len({source.size for source in sources}) == 1
+    for i in range(0, len(sources), len(sources) if batched else 1):
+        some = slice(i, None if batched else i + 1)
+        given = dict(image=sources[some], prompt=instructions[some], generator=generators[some])
+        if "max_area" in knows or args.size:
+            given |= dict(zip(("width", "height"), sources[i].size))
         edits += pipe(**{k: v for k, v in (given | options).items() if k in knows}).images
     return edits
 
 
-def seeded(*key):
-    """A random generator of its own for every key, such as (seed, stage, row id, k)."""
-    number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(number)
+def seed_of(*key):
+    """A seed of its own for every key, such as (seed, stage, row id, k)."""
+    return int(np.random.SeedSequence([*repr(key).encode()]).generate_state(1)[0])
 
 
-def parse_config(config_class, toy, argv=None, prog=None):
-    """Every field of the dataclass is a --flag: its default gives the type, its comment the help.
-
-    A tuple field, like `pool: tuple[str, ...] = ()`, takes one or more values separated by spaces.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*# *(.+)$", inspect.getsource(config_class), re.M))
-    parser = argparse.ArgumentParser(
-        prog, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    if toy:
-        parser.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {toy}")
-    for f in fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if isinstance(f.default, tuple):
-            kind = {"type": f.type.__args__[0], "nargs": "+"}
-        note = notes[f.name].replace("%", "%%") + " [%(default)s]"
-        parser.add_argument("--" + f.name, default=f.default, help=note, **kind)
-    if "--toy" in argv:
-        parser.set_defaults(**toy)
-    flags = vars(parser.parse_args(argv))
-    flags.pop("toy", None)
-    return config_class(**flags)
-
-
-def setup():
-    """Join the process group torchrun announced, or run alone; return rank, world size, device."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+def find_rank():
+    """(rank, world size, device) as torchrun announced them; alone: 0, 1."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
-    return rank, world, device
-
-
-def gather_rows(rows):
-    """The lists of all ranks, joined in rank order, on every rank."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
-def finish():
-    """Leave the process group; several ranks end here: gloo threads can die in Python's exit."""
-    if dist.is_initialized():
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
-
-
-def edit_sheet(path, rows, size=160):
-    """A picture of rows (instruction, source, [(edit, caption, wins: bool | None), ...])."""
-    font, pad, text = ImageFont.load_default(12), 8, 50
-    columns = 1 + max(len(edits) for _, _, edits in rows)
-    width, height = columns * (size + pad) + pad, len(rows) * (size + text + pad) + pad
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (instruction, source, edits) in enumerate(rows):
-        for j, (image, caption, wins) in enumerate([(source, instruction, None)] + edits):
-            x, y = pad + j * (size + pad), pad + i * (size + text + pad)
-            how = Image.NEAREST if image.width < size else Image.BICUBIC
-            sheet.paste(image.resize((size, size), how), (x, y))
-            draw.rectangle([x - 2, y - 2, x + size + 1, y + size + 1], width=3,
-                           outline={None: "#888888", True: "#1a9850", False: "#d73027"}[wins])
-            lines = [s for line in caption.split("\n") for s in textwrap.wrap(line, size // 7)][:3]
-            draw.multiline_text((x, y + size + 4), "\n".join(lines), "black", font)
-    sheet.save(path)
+    return rank, world, torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

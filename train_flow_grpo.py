@@ -1,9 +1,8 @@
 """Stage 5 of 6: Flow-GRPO for an image editor, taught by the reasoning reward model (RRM) alone.
 
 An editor follows dx = v dσ from noise (σ = 1) to a picture (σ = 0). A policy gradient needs chance,
-so in a few early steps the ODE gives way to the SDE with the same marginals, whose step is a
-Gaussian and so has a probability (Flow-GRPO, arXiv 2505.05470; from σ to σ', dt = σ' - σ < 0,
-a = --noise_level):
+so in a few early steps the ODE gives way to an SDE, whose step is a Gaussian and so has a
+probability (Flow-GRPO, arXiv 2505.05470; from σ to σ', dt = σ' - σ < 0, a = --noise_level):
 
     s      = a √(σ / (1 - σ))    mean = x + v dt + s²/(2σ) (x + (1 - σ) v) dt    std = s √-dt
     A_i    = (τ_i - mean τ) / (std τ + 1e-4)    τ_i: the RRM's score of edit i = 1..G of one prompt
@@ -12,29 +11,34 @@ a = --noise_level):
     loss   = mean over i, t of  max(-A_i r_i,t, -A_i clip(r_i,t, 1 - ε, 1 + ε)) + β KL_i,t
 
     principles.jsonl {id, source, instruction, principles}
-      ─► P prompts ─► G edits of each: W steps of the SDE, the others of the ODE
-      ─► one greedy verdict an edit ─► A ─► updates of the LoRA
-      ─► lora/ (for pipe.load_lora_weights), samples/step_*: held-out prompts, before and now
+      -> P prompts -> G edits of each: W steps of the SDE, the others of the ODE
+      -> one greedy verdict an edit -> A -> updates of the LoRA
+      -> out/lora (for pipe.load_lora_weights), metrics.jsonl, samples/step_* (held-out prompts)
 
-Shapes: N prompts in all, P a step, G edits of a prompt, S latent tokens of C numbers a picture.
+Shapes: P prompts a step, G edits of a prompt, S latent tokens of C numbers a picture, B of a batch.
 
-    python train_flow_grpo.py --toy --prompts principles.jsonl \\
+    python train_flow_grpo.py --toy --prompts principles.jsonl \
         --editor toy/models/editor --reward rl/model --out flow
-    torchrun --nproc-per-node=8 train_flow_grpo.py --prompts principles.jsonl \\
-        --editor black-forest-labs/FLUX.1-Kontext-dev --reward rl/model --out flow
+    torchrun --nproc-per-node=8 train_flow_grpo.py --prompts principles.jsonl \
+        --editor black-forest-labs/FLUX.1-Kontext-dev --reward http://host:8000/v1 --out flow
 
 Against the paper: it prints G = 24 and β = 0.04, no more. P, lr, ε, the LoRA, the schedule and two
-updates a step are Flow-GRPO's Kontext recipe. Ours: noise only in W steps, drawn from the first
-half anew for every training step and shared by all edits, so that no member of a group is noisier
-than another; the exact KL (the released code leaves out |dt|, so our β holds several times harder);
-fp32 latents and log-probs; unreadable verdicts are left out of their group; edits with A = 0 are
-skipped; A is not clipped (|A| < √G anyway); no EMA; constant lr; sources become size x size.
+updates a step are Flow-GRPO's Kontext recipe. (1) β: the released code leaves |dt| out of the KL,
+which makes it 7 to 10 times weaker on this schedule; ours is exact, so 0.004 stands for their 0.04.
+(2) Noise only in W steps, drawn from the first half anew for every training step and shared by all
+edits, so that no member of a group is noisier than another. (3) fp32 latents and log-probs. (4)
+Unreadable verdicts are left out of their group; edits with A = 0 are skipped; A is not clipped. (5)
+No EMA, constant lr; sources become size x size. As in the public code, the log-ratio is a mean over
+some 65,000 dimensions and biased by minus half its variance, so that ε clips mostly A < 0; and the
+SDE has the ODE's marginals only for dt -> 0: a step leaves some percent too much noise (CPS none).
+
+What to change for ... another editor: the four functions under "the editor". Another reward:
+`score_edits`. Pref-GRPO's win rates, or a std over the whole step: `group_advantages`.
 """
-import argparse, ast, gc, hashlib, inspect, json, math, os, re, signal, sys, textwrap, time
+import argparse, base64, io, itertools, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -42,58 +46,107 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from huggingface_hub import InferenceClient
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-
-
-@dataclass
-class Config:
-    # the files
-    prompts: str = ""                   # principles.jsonl of decompose.py
-    editor: str = ""                    # FLUX.1-Kontext: a diffusers folder or hub id
-    reward: str = ""                    # the reasoning reward model: a folder or hub id
-    out: str = ""                       # output folder
-    held_out: int = 8                   # last prompts, never trained on, only edited and scored
-    # the edits
-    prompts_per_step: int = 48          # P, prompts a training step
-    group_size: int = 24                # G, edits a prompt (the paper's)
-    num_steps: int = 6                  # denoising steps, fewer than the 28 of inference
-    size: int = 512                     # width and height of the pictures
-    sampler: str = "sde"                # sde (Flow-GRPO) or cps (Flow-CPS)
-    noise_level: float = 0.7            # a; Flow-CPS wants about 0.8
-    sde_window: int = 2                 # W, noisy steps, somewhere in the first half
-    max_new: int = 1024                 # longest verdict in tokens
-    # the updates
-    steps: int = 300                    # training steps
-    minibatches: int = 2                # updates a training step, each on its share of the prompts
-    lr: float = 3e-4                    # AdamW learning rate, constant
-    clip_eps: float = 1e-4              # ε, on the ratio per dimension
-    beta: float = 0.04                  # β, weight of the KL to the base editor (the paper's)
-    lora_rank: int = 64                 # r; alpha is 2 r
-    batch: int = 24                     # edits in one forward, of editor and reward model alike
-    # the run
-    sample_every: int = 20              # steps between two looks at the held-out prompts
-    save_every: int = 20                # steps between two saves of the LoRA and the state
-    seed: int = 0                       # of everything random
-    resume: bool = False                # go on from the state in --out
-
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 
 TOY = dict(held_out=48, prompts_per_step=16, group_size=12, size=32, max_new=128, steps=50,
-           minibatches=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, batch=192,
-           sample_every=10, save_every=10)
-FREE = ("out", "resume", "steps", "save_every", "sample_every", "batch")  # --resume may change
+           updates=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, batch=192, micro=192,
+           judge_batch=192, every=10)
+
+
+def parse_args():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {TOY}")
+    # the files
+    flags.add_argument("--prompts", required=True, help="principles.jsonl of decompose.py")
+    flags.add_argument("--editor", required=True, help="FLUX.1-Kontext: diffusers folder, hub id")
+    flags.add_argument("--reward", required=True, help="the RRM: folder, hub id or URL")
+    flags.add_argument("--out", required=True, help="folder for lora/, metrics.jsonl, samples/")
+    flags.add_argument("--held_out", type=int, default=8, help="last prompts, only looked at")
+    # the edits
+    flags.add_argument("--prompts_per_step", type=int, default=48, help="P, over all GPUs")
+    flags.add_argument("--group_size", type=int, default=24, help="G, edits a prompt (the paper's)")
+    flags.add_argument("--num_steps", type=int, default=6, help="denoising steps; inference has 28")
+    flags.add_argument("--size", type=int, default=512, help="width and height of the pictures")
+    flags.add_argument("--sampler", default="sde", choices=("sde", "cps"), help="Flow-GRPO, -CPS")
+    flags.add_argument("--noise_level", type=float, default=0.7, help="a; 0.8 for cps")
+    flags.add_argument("--sde_window", type=int, default=2, help="W, noisy steps in the first half")
+    flags.add_argument("--max_new", type=int, default=1024, help="longest verdict in tokens")
+    # the updates
+    flags.add_argument("--steps", type=int, default=300, help="training steps")
+    flags.add_argument("--updates", type=int, default=2, help="a step, each on a share of prompts")
+    flags.add_argument("--lr", type=float, default=3e-4, help="AdamW, constant")
+    flags.add_argument("--clip_eps", type=float, default=1e-4, help="ε, on the ratio per dimension")
+    flags.add_argument("--beta", type=float, default=0.004, help="β of the KL to the base editor")
+    flags.add_argument("--lora_rank", type=int, default=64, help="r; alpha is 2 r")
+    # the run
+    flags.add_argument("--batch", type=int, default=24, help="edits denoised at once, per GPU")
+    flags.add_argument("--micro", type=int, default=12, help="edits per forward of the update")
+    flags.add_argument("--judge_batch", type=int, default=144, help="verdicts at once, per GPU")
+    flags.add_argument("--every", type=int, default=20, help="steps between looks, and states")
+    flags.add_argument("--seed", type=int, default=0, help="of everything random")
+    flags.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    if "--toy" in sys.argv:
+        flags.set_defaults(**TOY)
+    return flags.parse_args()
+
+
+# ---------------------------------------------------------------- the verdict
+
+VERDICT_RULES = """\
+Judge how well the second image carries out the instruction on the first one.
+Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
+doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
+a person are the person's own. Where a question contradicts the instruction, the instruction wins.
+What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
+The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
+useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
+{"average_score": the share of ones}
+<score>your score</score>"""
+SCORE_RULES = """\
+Judge how well the second image carries out the instruction on the first one. Reason first: say what
+you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
+nearly perfect. End with exactly this line:
+<score>your score</score>"""
+
+
+def verdict_chat(source, edit, instruction, principles):
+    """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
+    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    return [{"role": "user", "content": [
+        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
+        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
+        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+
+
+def parse_verdict(text, n_questions):
+    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+
+    The last score counts, with the average and the list before it; nothing is guessed. Without
+    questions there is no list, and score / 10 stands in for the average.
+    """
+    number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
+    average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
+    *_, match = [None, *re.finditer(rf"{average}<score>{number}</score>", text)]
+    average, score = (float(match[1]), float(match[match.lastindex])) if match else (0, math.inf)
+    if score > 10 or n_questions and average > 1:
+        return None
+    if not n_questions:
+        return [], score / 10, score
+    _, *lists = re.split(r"""\[\s*(?=\{\s*["']\w+["']\s*:)""", text[:match.start()].rstrip())
+    answers = re.findall(r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]""", lists[-1]) if lists else []
+    good = len(answers) == n_questions and {*answers} <= {"0", "1"} and lists[-1].endswith("]")
+    return ([*map(int, answers)], average, score) if good else None
 
 
 # ---------------------------------------------------------------- the mathematics
-
-def per_row(value, x):
-    """A number, or one number per row of x, shaped to multiply x; fp32."""
-    value = torch.as_tensor(value, dtype=torch.float32, device=x.device)
-    return value.reshape(-1, *[1] * (x.dim() - 1))
-
 
 def gaussian_step(mean, std, noise, x_next):
     """x_next ~ N(mean, std²), or as given; log-prob: the mean over its dimensions, 0 at std 0."""
@@ -109,7 +162,7 @@ def sde_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=Non
     -> x_next, log-prob (B,), mean, std with √-dt in it. At σ = 1, where s = ∞, σ' stands in.
     """
     x, velocity = x.float(), velocity.float()
-    sigma, sigma_next = per_row(sigma, x), per_row(sigma_next, x)
+    sigma, sigma_next = (torch.as_tensor(s, device=x.device).float() for s in (sigma, sigma_next))
     dt = sigma_next - sigma
     s = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))).sqrt()
     mean = x + velocity * dt + s ** 2 / (2 * sigma) * (x + (1 - sigma) * velocity) * dt
@@ -122,7 +175,7 @@ def cps_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=Non
     x0 = x - σ v, x1 = x + (1 - σ) v, std = s = σ' sin(a π/2), mean = (1 - σ') x0 + √(σ'² - s²) x1
     """
     x, velocity = x.float(), velocity.float()
-    sigma, sigma_next = per_row(sigma, x), per_row(sigma_next, x)
+    sigma, sigma_next = (torch.as_tensor(s, device=x.device).float() for s in (sigma, sigma_next))
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     x0, x1 = x - sigma * velocity, x + (1 - sigma) * velocity
     mean = (1 - sigma_next) * x0 + (sigma_next ** 2 - std ** 2).sqrt() * x1
@@ -133,19 +186,17 @@ def group_advantages(rewards, eps=1e-4):
     """A = (τ - mean τ) / (std τ + eps) in each row of (P, G); NaN takes no part; NaN, equal: 0."""
     read = ~rewards.isnan()
     n = read.sum(1, keepdim=True).clamp(min=1)
-    lowest = rewards.nan_to_num(nan=float("inf")).amin(1, keepdim=True)   # equal become exact zeros
+    lowest = rewards.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # equal become exact zeros
     rewards = torch.where(read, rewards - lowest, 0)
     centred = torch.where(read, rewards - rewards.sum(1, keepdim=True) / n, 0)
     return centred / ((centred.square().sum(1, keepdim=True) / n).sqrt() + eps)
 
 
-def policy_loss(logp, old_logp, advantage, mean, mean_base, std, clip_eps, beta):
-    """(B,) each, means (B, S, C) -> loss, ratio and KL of every denoising step (B,)."""
+def clipped_surrogate(logp, old_logp, advantage, clip_eps):
+    """max(-A r, -A clip(r)) and the ratio r of every noisy step: (B,) each."""
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
-    kl = ((mean - mean_base) / std).square().flatten(1).mean(1) / 2
-    return surrogate + beta * kl, ratio.detach(), kl.detach()
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio.detach()
 
 
 # ---------------------------------------------------------------- the editor: FLUX.1-Kontext
@@ -157,23 +208,16 @@ LORA_LAYERS = (r"(single_)?transformer_blocks\.\d+\."
 
 
 @torch.no_grad()
-def encode_prompts(pipe, rows, config):
-    """All that the transformer is told about N prompts: {name: (N, ...)}, in CPU memory."""
-    parts = []
-    for i in range(0, len(rows), config.batch):
-        some = rows[i:i + config.batch]
-        text, pooled, _ = pipe.encode_prompt([row["instruction"] for row in some], None,
-                                             max_sequence_length=pipe.tokenizer_2.model_max_length)
-        pixels = pipe.image_processor.preprocess([row["picture"] for row in some])
-        latents = pipe._encode_vae_image(pixels.to(pipe.vae.device, pipe.vae.dtype), None)
-        reference = pipe._pack_latents(latents, *latents.shape)
-        parts.append([text.cpu(), pooled.cpu(), reference.float().cpu()])
-    return dict(zip(("text", "pooled", "reference"), map(torch.cat, zip(*parts))))
-
-
-def pick(conditions, index, device):
-    """The conditions of the prompts with these numbers."""
-    return {k: v[index].to(device) for k, v in conditions.items()}
+def encode_prompts(pipe, rows, device):
+    """All that the transformer is told about these prompts: {name: (P, ...)}."""
+    pipe.text_encoder_2.to(device)                  # T5, 9 GB, waits in the CPU's memory
+    text, pooled, _ = pipe.encode_prompt([row["instruction"] for row in rows], None, device=device,
+                                         max_sequence_length=pipe.tokenizer_2.model_max_length)
+    pipe.text_encoder_2.to("cpu")
+    pixels = pipe.image_processor.preprocess([row["picture"] for row in rows])
+    latents = pipe._encode_vae_image(pixels.to(device, pipe.vae.dtype), None)
+    reference = pipe._pack_latents(latents, *latents.shape).float()
+    return dict(text=text, pooled=pooled, reference=reference)
 
 
 def predict_velocity(pipe, x, sigma, cond):
@@ -211,515 +255,6 @@ def noise_levels(pipe, n_tokens, num_steps):
 
 # ---------------------------------------------------------------- LoRA
 
-def save_lora(model, folder):
-    """Write the LoRA as diffusers reads it, alpha in the file's metadata (else it is the rank)."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    tensors = {f"transformer.{name}.{part}.weight":
-               getattr(m, part).weight.detach().cpu().contiguous()
-               for name, m in layers.items() for part in ("lora_A", "lora_B")}
-    first = next(iter(layers.values()))
-    rank = first.lora_A.out_features
-    notes = {"transformer.r": rank, "transformer.lora_alpha": rank * first.scale,
-             "transformer.target_modules": sorted(layers)}
-    path = Path(folder, "pytorch_lora_weights.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{path}.tmp", {"format": "pt", "lora_adapter_metadata": json.dumps(notes)})
-    os.replace(f"{path}.tmp", path)
-
-
-# ---------------------------------------------------------------- the reward: one verdict an edit
-
-def score_edits(judge, rows, edits, config):
-    """τ in 0..10 of every edit, from the RRM's greedy verdict; NaN where it cannot be read."""
-    chats = [verdict_chat(row["picture"], edit, row["instruction"], row["principles"])
-             for row, edit in zip(rows, edits)]
-    replies = ask(*judge, chats, range(len(chats)), config.max_new, temperature=0)
-    verdicts = [parse_verdict(reply, len(row["principles"])) for reply, row in zip(replies, rows)]
-    return torch.tensor([math.nan if verdict is None else verdict[2] for verdict in verdicts])
-
-
-# ---------------------------------------------------------------- one training step
-
-STEPS = {"sde": sde_step, "cps": cps_step}
-
-
-@torch.no_grad()
-def denoise(pipe, cond, x, sigmas, config, window=(), noise=None):
-    """Noise x -> latents of the picture, and the W noisy steps on the way, for the updates."""
-    path = []
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        v = predict_velocity(pipe, x, sigma, cond)
-        if i in window:
-            x_next, logp, _, _ = STEPS[config.sampler](x, v, sigma, sigma_next, config.noise_level,
-                                                       noise[:, i - window[0]])
-            path.append(dict(x=x, x_next=x_next, logp=logp, sigma=sigma.expand(len(x)),
-                             sigma_next=sigma_next.expand(len(x))))
-            x = x_next
-        else:
-            x = x + (sigma_next - sigma) * v
-    return x, path
-
-
-def rollout_edits(pipe, judge, rows, conditions, prompts, sigmas, step, config):
-    """G edits of each prompt: rewards (P, G) and, edit by edit, noisy steps {k: (P G W, ...)}."""
-    device = pipe.transformer.device
-    starts = config.num_steps // 2 - config.sde_window + 1
-    start = int(torch.randint(starts, (), generator=seeded("window", config.seed, step)))
-    window = range(start, start + config.sde_window)
-    samples = [(p, k) for p in prompts for k in range(config.group_size)]
-    rewards, paths = [], []
-    shape = (1 + config.sde_window, *conditions["reference"].shape[1:])
-    for i in range(0, len(samples), config.batch):
-        some = samples[i:i + config.batch]
-        noise = [torch.randn(shape, generator=seeded("edit", config.seed, step, rows[p]["id"], k))
-                 for p, k in some]
-        noise = torch.stack(noise).to(device)
-        cond = pick(conditions, [p for p, _ in some], device)
-        x, path = denoise(pipe, cond, noise[:, 0], sigmas, config, window, noise[:, 1:])
-        edits = decode(pipe, x, config.size)
-        rewards.append(score_edits(judge, [rows[p] for p, _ in some], edits, config))
-        paths.append({k: torch.stack([s[k] for s in path], 1).flatten(0, 1) for k in path[0]})
-    path = {k: torch.cat([p[k] for p in paths]) for k in paths[0]}
-    return torch.cat(rewards).view(-1, config.group_size), path
-
-
-def step_again(pipe, old, cond, config):
-    """What the present editor makes of a recorded step: its distribution, the step's log-prob."""
-    v = predict_velocity(pipe, old["x"], old["sigma"], cond)
-    return STEPS[config.sampler](old["x"], v, old["sigma"], old["sigma_next"], config.noise_level,
-                                 x_next=old["x_next"])
-
-
-def update(pipe, params, optimizer, conditions, prompts, path, advantages, config):
-    """One pass over the noisy steps in several updates: (3, steps) of update, ratio, KL; norms."""
-    device = pipe.transformer.device
-    prompts = torch.tensor(prompts).repeat_interleave(config.group_size * config.sde_window)
-    advantages = advantages.flatten().repeat_interleave(config.sde_window)
-    seen, norms = [torch.zeros(3, 0)], []
-    for number, share in enumerate(torch.arange(len(prompts)).chunk(config.minibatches)):
-        live = share[advantages[share] != 0]                  # equal and unread edits teach nothing
-        n, = all_sum([len(live)])
-        for some in [live[i:i + config.batch] for i in range(0, len(live), config.batch)]:
-            old = {k: v[some] for k, v in path.items()}
-            cond = pick(conditions, prompts[some], device)
-            with torch.no_grad(), lora_off(pipe.transformer):
-                _, _, mean_base, _ = step_again(pipe, old, cond, config)
-            _, logp, mean, std = step_again(pipe, old, cond, config)
-            loss, ratio, kl = policy_loss(logp, old["logp"], advantages[some].to(device), mean,
-                                          mean_base, std, config.clip_eps, config.beta)
-            (loss.sum() / n).backward()
-            seen.append(torch.stack([torch.full_like(ratio, number), ratio, kl]).cpu())
-        sync_gradients(params)
-        norms.append(nn.utils.clip_grad_norm_(params, 1.0).item())
-        if not math.isfinite(norms[-1]):
-            raise SystemExit(f"The gradient's norm is {norms[-1]}. Nothing was learned from it; "
-                             "begin again with a lower --lr.")
-        if n:
-            optimizer.step()
-        optimizer.zero_grad()
-    return torch.cat(seen, 1), norms
-
-
-def measure(rewards, advantages, seen, norms, config):
-    """A training step's figures over all ranks, and how far the first update's ratios miss 1."""
-    rewards, advantages = torch.cat(gather_rows([rewards])), torch.cat(gather_rows([advantages]))
-    number, ratio, kl = torch.cat(gather_rows([seen]), 1)
-    spread = (rewards - rewards.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-    metrics = dict(
-        reward=rewards.nanmean().item(), group_std=spread.nanmean().item(),
-        dead=(advantages == 0).all(1).float().mean().item(),    # share of groups that teach nothing
-        read=1 - rewards.isnan().float().mean().item(),         # share of readable verdicts
-        ratio_min=min(ratio.tolist(), default=1.0), ratio_max=max(ratio.tolist(), default=1.0),
-        clipped=((ratio - 1).abs() > config.clip_eps).float().mean().item(), kl=kl.mean().item(),
-        grad_norm=sum(norms) / len(norms))
-    return metrics, max((ratio[number == 0] - 1).abs().tolist(), default=0.0)
-
-
-# ---------------------------------------------------------------- the held-out prompts
-
-def edit_held_out(pipe, judge, rows, conditions, sigmas, config):
-    """One edit of every held-out prompt, by the ODE from noise that never changes: pictures, τ."""
-    rows, numbers = rows[-config.held_out:], range(len(rows) - config.held_out, len(rows))
-    shape = conditions["reference"].shape[1:]
-    noise = [torch.randn(shape, generator=seeded("held out", config.seed, r["id"])) for r in rows]
-    x = torch.stack(noise).to(sigmas.device)
-    x, _ = denoise(pipe, pick(conditions, numbers, x.device), x, sigmas, config)
-    edits = decode(pipe, x, config.size)
-    return edits, score_edits(judge, rows, edits, config).tolist()
-
-
-def write_held_out(step, rows, before, now, config):
-    """samples/step_*/: edits and pictures, for any judge; .png: source, before, now. -> mean τ."""
-    folder, lines, sheet = Path(config.out, "samples", f"step_{step:06d}"), [], []
-    folder.mkdir(parents=True, exist_ok=True)
-    for row, old, was, edit, score in zip(rows[-config.held_out:], *before, *now):
-        edit.save(folder / f"{len(lines):03d}.png")
-        row, picture = {k: v for k, v in row.items() if k != "picture"}, row["picture"]
-        lines.append(move_paths(row, ["source"], Path(config.prompts).parent, folder) | dict(
-            edit=f"{len(lines):03d}.png", editor=f"{Path(config.editor).name}@{step}",
-            score=None if math.isnan(score) else score))
-        better = None if score == was else score > was
-        sheet.append((row["instruction"], picture, [(old, f"before: {was:.1f}", None),
-                                                    (edit, f"step {step}: {score:.1f}", better)]))
-    (folder / "edits.jsonl").unlink(missing_ok=True)
-    append_rows(folder / "edits.jsonl", lines)
-    edit_sheet(f"{folder}.png", sheet[:8])
-    return torch.tensor(now[1]).nanmean().item()
-
-
-# ---------------------------------------------------------------- the run
-
-def check(config, world):
-    """The rows of --prompts, once everything that can be wrong with a run has been looked at."""
-    check_start(config, "prompts", "editor", "reward", "out")
-    made_by = "Run decompose.py first (README, stage 1)."
-    rows = read_rows(config.prompts, ["source", "instruction", "principles"], made_by)
-    check_images(config.prompts, rows, ["source"])
-    train, parts = len(rows) - config.held_out, world * config.minibatches
-    wrong = {
-        "--sampler is sde or cps": config.sampler not in STEPS,
-        "--noise_level must be above 0, or there is nothing to learn from": config.noise_level <= 0,
-        "--group_size must be 2 or more: an edit is compared with its group": config.group_size < 2,
-        "--held_out must be 1 or more: their scores are the curve to watch": config.held_out < 1,
-        f"--prompts_per_step must be a multiple of ranks x minibatches = {parts}":
-            config.prompts_per_step % parts,
-        f"--prompts_per_step is more than the {train} rows left to train on":
-            train < config.prompts_per_step,
-        "--sde_window must fit into the first half of --num_steps":
-            not 0 < config.sde_window <= config.num_steps // 2,
-        "--size must be a multiple of 16: 8 pixels a latent, 2 x 2 latents a token":
-            config.size % 16}
-    for text in (text for text, is_wrong in wrong.items() if is_wrong):
-        raise SystemExit(text + ".")
-    return rows
-
-
-def main():
-    config = parse_config(Config, TOY)
-    rank, world, device = setup()
-    rows, stop = check(config, world), catch_stop()
-
-    # ---- the editor and the reward model; every prompt is encoded once, then the text encoders go
-    pipe = load_editor(config.editor, device)
-    if type(pipe).__name__ != "FluxKontextPipeline":
-        raise SystemExit(f"{config.editor} holds a {type(pipe).__name__}; "
-                         "this script trains FluxKontextPipeline.")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    judge = load_vlm(config.reward, device, dtype)
-    for row in rows:
-        picture = open_image(Path(config.prompts).parent, row["source"])
-        row["picture"] = picture.resize((config.size, config.size), Image.LANCZOS)
-    conditions = encode_prompts(pipe, rows, config)
-    pipe.text_encoder = pipe.text_encoder_2 = None
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        pipe.transformer.enable_gradient_checkpointing()
-    sigmas = noise_levels(pipe, conditions["reference"].shape[1], config.num_steps).to(device)
-
-    # ---- what is trained
-    torch.manual_seed(config.seed)
-    names = [n for n, _ in pipe.transformer.named_modules() if re.fullmatch(LORA_LAYERS, n)]
-    params = add_lora(pipe.transformer, names, config.lora_rank, alpha=2 * config.lora_rank)
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=1e-4)
-    first = load_state(config.out, params, optimizer) if config.resume else 0
-
-    # ---- the held-out prompts before training
-    if rank == 0:
-        open_log(config.out, first or -1, config)
-        with lora_off(pipe.transformer):
-            before = edit_held_out(pipe, judge, rows, conditions, sigmas, config)
-        if first == 0:
-            held_out = write_held_out(0, rows, before, before, config)
-            append_rows(Path(config.out, "metrics.jsonl"), [dict(step=0, held_out=held_out)])
-
-    # ---- the training steps
-    begun = time.time()
-    for step in range(first, config.steps):
-        prompts = batch_rows(len(rows) - config.held_out, config.prompts_per_step,
-                             config.seed, step)[rank::world]
-        rewards, path = rollout_edits(pipe, judge, rows, conditions, prompts, sigmas, step, config)
-        advantages = group_advantages(rewards)
-        seen, norms = update(pipe, params, optimizer, conditions, prompts, path, advantages, config)
-
-        metrics, off_policy = measure(rewards, advantages, seen, norms, config)
-        done, stopping = step + 1, all_sum([len(stop)])[0] > 0
-        last = stopping or done == config.steps
-        if rank == 0:
-            if step == first:
-                print(f"first update: max |ratio - 1| = {off_policy:.1e}, "
-                      f"max |sum of A in a group| = {advantages.sum(1).abs().max():.1e}; "
-                      f"{metrics['read']:.0%} of the verdicts could be read")
-            if last or done % config.sample_every == 0:
-                now = edit_held_out(pipe, judge, rows, conditions, sigmas, config)
-                metrics["held_out"] = write_held_out(done, rows, before, now, config)
-            log_step(config.out, done, config.steps, begun, first, metrics)
-            if last or done % config.save_every == 0:
-                save_lora(pipe.transformer, f"{config.out}/lora")
-                save_state(config.out, done, params, optimizer, rank)
-        if stopping:
-            break
-    if rank == 0:
-        print(f"{config.out}/lora holds the LoRA; "
-              f"see what it does with evaluate.py edit --lora {config.out}/lora")
-    finish()
-
-
-# ------------- shared helpers: the same text in every script that needs them (tests/test_copies.py)
-
-VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first, in plain words: say what you see, then go through the questions one by one.
-Answer a question 1 for yes and 0 for no; when in doubt answer 0 and let the doubt lower your score.
-A change of degree counts only if it is plain to see, a removal only if it is complete, a move only if it is large.
-Write the bounding box of whatever a question places somewhere; left and right of a person are the person's own.
-What the instruction leaves alone must stay: something changed, lost or invented costs more than a half-done edit.
-Where a question contradicts the instruction, the instruction wins. Look for artefacts and for wrong colours too.
-If nothing was edited the score is 0. White borders cost a little.
-The score is your own judgement from 0 to 10, decimals welcome: 0 useless, 5 half usable, 8 nearly perfect.
-It is no mean of the answers: weigh every failed point by how hard it would be to repair.
-End with exactly these three lines:
-[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
-{"average_score": the share of ones}
-<score>your score</score>"""
-
-
-def verdict_chat(source, edit, instruction, principles):
-    """The one prompt of the reward model: two images, instruction, principles and rules."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    return [{"role": "user", "content": [
-        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
-        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
-                                 f"{VERDICT_RULES}"}]}]
-
-
-def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
-
-    Strict: the last score tag, the average before it, the list before that; nothing is guessed.
-    """
-    number = r"([0-9]+(?:\.[0-9]+)?)"
-    tail = re.compile(rf"""\{{\s*["']average_score["']\s*:\s*{number}\s*\}}\s*"""
-                      rf"<score>\s*{number}\s*</score>")
-    match = next(reversed(list(tail.finditer(text))), None)
-    if match is None or not (float(match[1]) <= 1 and float(match[2]) <= 10):
-        return None
-    head = text[:match.start()].rstrip()
-    for start in reversed([m.start() for m in re.finditer(r"\[\s*\{", head)]):
-        for read in (json.loads, ast.literal_eval):         # double quotes, then single quotes
-            try:
-                items = read(head[start:])
-                verdict = [item["score"] for item in items]
-            except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-                continue
-            if len(verdict) == n_questions and all(type(v) is int and v in (0, 1) for v in verdict):
-                return verdict, float(match[1]), float(match[2])
-            return None
-    return None
-
-
-def read_rows(path, needs, made_by):
-    """All rows of a JSONL file, checked: whole lines, unique ids, the fields of `needs` present."""
-    path = Path(path)
-    if not path.is_file():
-        raise SystemExit(f"{path} not found. {made_by}")
-    rows, seen = [], {}
-    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
-        except ValueError as error:
-            raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
-                             "from a killed writer: delete it and run that stage again.")
-        missing = [k for k in ("id", *needs) if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise SystemExit(f"{where}: no field {', '.join(missing)}. {made_by}")
-        if row["id"] in seen:
-            raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
-                             "Ids must be unique: rename or delete one of the two.")
-        text = row["instruction"] if "instruction" in needs else ""
-        if not isinstance(text, str) or "<|" in text:
-            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
-                             "<|...|>, which stands for a token. Mend or remove the row.")
-        if "principles" in needs:
-            check_principles(row["principles"], f"{where} ({row['id']})")
-        seen[row["id"]] = number
-        rows.append(row)
-    if not rows:
-        raise SystemExit(f"{path} is empty. {made_by}")
-    return rows
-
-
-def check_principles(principles, where):
-    """Stop unless `principles` is [{question: text, category: follow | keep | quality}, ...]."""
-    good = isinstance(principles, list) and principles and all(
-        isinstance(p, dict) and isinstance(p.get("question"), str)
-        and p.get("category") in ("follow", "keep", "quality") for p in principles)
-    if not good:
-        raise SystemExit(f"{where}: principles must be a list of "
-                         "{question, category: follow | keep | quality}. "
-                         "Make them with decompose.py (README, stage 1).")
-
-
-def open_image(folder, name):
-    """A picture as RGB, EXIF rotation applied, transparency on white; ValueError names the file."""
-    path = Path(folder) / str(name)
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":                           # Pillow would clip 16-bit grey to white
-            raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
-        if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
-            raise ValueError("one side is more than 200 times the other")
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "it")
-        raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
-                         "Restore the file or remove its row.")
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def check_images(path, rows, keys):
-    """Stop at the first image of any row that does not open, before anything is computed."""
-    def fault(row):
-        for key in keys:
-            try:
-                open_image(Path(path).parent, row[key])
-            except ValueError as error:
-                return f"{key}: {error}"
-
-    Image.init()                                # threads must not race to load Pillow's formats
-    with ThreadPoolExecutor() as pool:
-        for number, (row, found) in enumerate(zip(rows, pool.map(fault, rows)), 1):
-            if found:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise SystemExit(f"{path}, line {number} ({row['id']}), {found}")
-
-
-def append_rows(path, rows):
-    """Add rows to a JSONL file, flushed to the disk: a kill loses at most the row in hand."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def move_paths(row, keys, folder, new_folder):
-    """The row, its image paths rewritten: they resolved from `folder`, now from `new_folder`."""
-    # real paths, because ".." goes astray where a folder is a symbolic link
-    old, new = os.path.realpath(folder), os.path.realpath(new_folder)
-    return row | {k: os.path.relpath(os.path.join(old, str(row[k])), new) for k in keys}
-
-
-class Encoder:
-    """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
-
-    def __init__(self, folder, max_pixels=None):
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        bound = {"max_pixels": max_pixels} if max_pixels else {}
-        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
-        self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
-            ["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-
-    def __call__(self, chats):
-        pictures = [c["image"] for chat in chats for m in chat if not isinstance(m["content"], str)
-                    for c in m["content"] if c["type"] == "image"]
-        pixels = self.images(images=pictures, return_tensors="pt")
-        n_tokens = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = []
-        for chat in chats:
-            head, *rest = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
-            texts.append(head + "".join("<|image_pad|>" * next(n_tokens) + part for part in rest))
-        encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = encoded["input_ids"]
-        return dict(input_ids=ids, attention_mask=encoded["attention_mask"],
-                    mm_token_type_ids=(ids == self.image_id).int(), **pixels)  # mrope: 1 = image
-
-
-def load_vlm(folder, device, dtype, max_pixels=None):
-    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        encode = Encoder(folder, max_pixels)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"{folder} is no model that can be loaded ({str(error).splitlines()[0]}). "
-            "Give a Hugging Face folder or hub id of a Qwen2.5-VL, such as toy/models/vlm.")
-    return model.to(device).eval(), encode
-
-
-def policy_logp(logits, temperature, banned):
-    """Log-probs in fp32; image and video placeholders (no pixels behind them) are never written."""
-    return (logits.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
-
-
-def uniforms(keys, length):
-    """One uniform number per token, from a generator per key: (len(keys), length) in [0, 1).
-
-    Sampling then depends on the key alone, not on the batch, the number of ranks, or a restart.
-    """
-    hashes = [hashlib.sha256(repr(key).encode()).digest()[:8] for key in keys]
-    generators = [torch.Generator().manual_seed(int.from_bytes(h, "little") >> 1) for h in hashes]
-    return torch.stack([torch.rand(length, generator=g) for g in generators])
-
-
-@torch.no_grad()
-def rollout(model, encode, chats, n, u, temperature=1.0):
-    """Sample n continuations per chat; the vision tower and the prompt are computed once per chat.
-
-    u (B*n, T) decides the tokens (inverse CDF); temperature 0 takes the likeliest, u stays unread.
-    -> tokens, logp of each under the policy, keep = up to and with the end token: all (B*n, T).
-    """
-    device = model.device
-    inputs = {k: v.to(device) for k, v in encode(chats).items()}
-    banned = torch.tensor([encode.image_id, encode.video_id], device=device)
-    position, delta = model.model.get_rope_index(
-        **{k: v for k, v in inputs.items() if k != "pixel_values"})
-    out = model(**inputs, position_ids=position, use_cache=True, logits_to_keep=1)  # prefill B rows
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)                              # row b -> rows b*n ... b*n + n-1
-    mask = inputs["attention_mask"]
-    place = (mask.sum(1, keepdim=True) + delta).repeat_interleave(n, 0)   # real length, not padded
-    mask = mask.repeat_interleave(n, 0)
-    u, alive = u.to(device), torch.arange(len(u), device=device)
-    tokens = torch.full(u.shape, encode.pad_id, device=device)
-    logp = torch.zeros(u.shape, device=device)
-    keep = torch.zeros(u.shape, dtype=torch.bool, device=device)
-    for t in range(u.shape[1]):
-        logps = policy_logp(logits, temperature or 1.0, banned)
-        if temperature:
-            cdf = logps.exp().cumsum(-1)
-            token = (cdf <= u[alive, t, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-        else:
-            token = logps.argmax(-1, keepdim=True)
-        tokens[alive, t], keep[alive, t] = token[:, 0], True
-        logp[alive, t] = logps.gather(1, token)[:, 0]
-        going = token[:, 0] != encode.eos_id
-        if not going.any() or t == u.shape[1] - 1:
-            break
-        if not going.all():                                       # finished rows leave the batch
-            rows = going.nonzero()[:, 0]
-            cache.batch_select_indices(rows)
-            alive, token, mask, place = alive[rows], token[rows], mask[rows], place[rows]
-        mask = torch.cat([mask, torch.ones_like(token)], 1)
-        logits = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True,
-                       position_ids=(place + t).expand(3, -1, -1)).logits[:, -1]
-    return tokens, logp, keep
-
-
-def ask(model, encode, chats, keys, max_new, temperature):
-    """One reply per key, all keys of the first chat first (temperature 0 = greedy)."""
-    u = uniforms(keys, max_new)
-    tokens, _, _ = rollout(model, encode, chats, len(keys) // len(chats), u, temperature)
-    return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x, W frozen, B = 0 at first; `on = False`: the base model again."""
 
@@ -734,239 +269,447 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * self.lora_B(self.lora_A(x)) if self.on else self.base(x)
 
 
-def add_lora(model, names, rank, alpha):
-    """Freeze the model, wrap each Linear of `names` in a LoRALinear (fp32); return what trains."""
+def add_lora(model, pattern, rank):
+    """Freeze the model, put a LoRALinear (fp32) around each layer named so; what trains."""
     model.requires_grad_(False)
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        layer = LoRALinear(model.get_submodule(name), rank, alpha)
-        setattr(model.get_submodule(parent), leaf, layer)
+    for name, layer in [*model.named_modules()]:
+        if re.fullmatch(pattern, name):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, LoRALinear(layer, rank, 2 * rank))
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@contextmanager
-def lora_off(model):
-    """Inside, the LoRA is switched off: the model that the KL holds on to."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    for layer in layers:
-        layer.on = False
-    yield
-    for layer in layers:
-        layer.on = True
+def switch_lora(model, on):
+    """Switch the LoRA off and on again: off is the base model that the KL holds on to."""
+    for layer in model.modules():
+        layer.on = on
+
+
+def save_lora(model, folder):
+    """Write the LoRA as diffusers reads it, alpha in the file's metadata (else it is the rank)."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    tensors = {f"transformer.{name}.{part}.weight": getattr(layer, part).weight.detach().cpu()
+               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    rank = next(iter(layers.values())).lora_A.out_features
+    notes = {"transformer.r": rank, "transformer.lora_alpha": 2 * rank,
+             "transformer.target_modules": sorted(layers)}
+    path = Path(folder, "pytorch_lora_weights.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, f"{path}.tmp", {"format": "pt", "lora_adapter_metadata": json.dumps(notes)})
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------- the phases of a step
+
+def read_prompts(args, rows, device, pipe):
+    """These prompts with their pictures, and what the transformer is told about them."""
+    rows = [row | dict(picture=open_image(args.prompts, row, "source").resize(
+        (args.size, args.size), Image.LANCZOS)) for row in rows]
+    return rows, encode_prompts(pipe, rows, device)
+
+
+@torch.no_grad()
+def denoise(pipe, cond, x, sigmas, args, window=(), noise=None):
+    """Noise x -> latents of the picture, and the W noisy steps on the way, for the updates."""
+    path, step_of = [], dict(sde=sde_step, cps=cps_step)[args.sampler]
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        v = predict_velocity(pipe, x, sigma, cond)
+        if i in window:
+            x_next, logp, _, _ = step_of(x, v, sigma, sigma_next, args.noise_level,
+                                         noise[:, i - window[0]])
+            path.append((x, x_next, logp))
+            x = x_next
+        else:
+            x = x + (sigma_next - sigma) * v
+    return x, path
+
+
+def rollout_edits(pipe, rows, cond, sigmas, step, args):
+    """G edits of each prompt; every noisy step as σ, σ', and x, x', log-prob of all (P G, ...)."""
+    samples = [(p, k) for p in range(len(rows)) for k in range(args.group_size)]
+    starts = args.num_steps // 2 - args.sde_window + 1
+    start = seed_of("window", args.seed, step) % starts             # one window for the whole step
+    window = range(start, start + args.sde_window)
+    edits, paths, shape = [], [], (1 + args.sde_window, *cond["reference"].shape[1:])
+    for i in range(0, len(samples), args.batch):
+        some = samples[i:i + args.batch]
+        noise = torch.stack([noise_of(shape, args.seed, step, rows[p]["id"], k) for p, k in some])
+        noise, numbers = noise.to(sigmas), torch.tensor([p for p, _ in some], device=sigmas.device)
+        x, path = denoise(pipe, {name: value[numbers] for name, value in cond.items()},
+                          noise[:, 0], sigmas, args, window, noise[:, 1:])
+        edits += decode(pipe, x, args.size)
+        paths.append(path)
+    return edits, [(sigmas[i], sigmas[i + 1], *map(torch.cat, zip(*parts)))
+                   for i, parts in zip(window, zip(*paths))]
+
+
+def score_edits(ask, rows, edits, args):
+    """τ in 0..10 of every edit, from the RRM's greedy verdict; NaN where there is none to read."""
+    chats = [verdict_chat(row["picture"], edit, row["instruction"], row["principles"])
+             for row, edit in zip(rows, edits)]
+    replies = [reply for i in range(0, len(chats), args.judge_batch)
+               for reply in ask(chats[i:i + args.judge_batch], args.max_new, 0, 0)]
+    verdicts = [isinstance(reply, str) and parse_verdict(reply, len(row["principles"]))
+                for reply, row in zip(replies, rows)]
+    return torch.tensor([verdict[2] if verdict else math.nan for verdict in verdicts])
+
+
+def update(pipe, params, optimizer, cond, path, advantages, args):
+    """--updates optimizer steps, each on its share of the prompts and all their noisy steps.
+
+    -> ratios of the first update, mean KL, norm of the last gradient
+    """
+    step_of, kls, ratios = dict(sde=sde_step, cps=cps_step)[args.sampler], [], []
+    flat = advantages.flatten().to(params[0].device)
+    for number, share in enumerate(torch.arange(len(flat), device=flat.device).chunk(args.updates)):
+        live = share[flat[share] != 0]                        # equal and unread edits teach nothing
+        n = sum(gather_rows([len(live) * len(path)]))
+        parts = live.split(args.micro) if len(live) else ()
+        for (sigma, sigma_next, x, x_next, old_logp), some in itertools.product(path, parts):
+            told = {name: value[some // args.group_size] for name, value in cond.items()}
+            again = lambda: step_of(x[some], predict_velocity(pipe, x[some], sigma, told), sigma,
+                                    sigma_next, args.noise_level, x_next=x_next[some])
+            _, logp, mean, std = again()
+            loss, ratio = clipped_surrogate(logp, old_logp[some], flat[some], args.clip_eps)
+            if args.beta:
+                switch_lora(pipe.transformer, on=False)
+                with torch.no_grad():
+                    mean_base = again()[2]
+                switch_lora(pipe.transformer, on=True)
+                kl = ((mean - mean_base) / std).square().flatten(1).mean(1) / 2
+                loss = loss + args.beta * kl
+                kls.append(kl.detach().cpu())
+            (loss.sum() / n).backward()
+            ratios += ratio.tolist() if number == 0 else []
+        for p in params:                                      # the loss carries the global 1/n
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if dist.is_initialized():
+                dist.all_reduce(p.grad)
+        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
+        if not math.isfinite(norm):
+            raise SystemExit(f"The gradient's norm is {norm}. Begin again with a lower --lr.")
+        if n:
+            optimizer.step()
+        optimizer.zero_grad()
+    return ratios, torch.cat(kls or [torch.zeros(1)]).mean().item(), norm
+
+
+def look_at_prompts(pipe, ask, held, sigmas, step, args):
+    """One edit of every held-out prompt, by the ODE from noise that never changes: samples/."""
+    rows, cond = read_prompts(args, held, sigmas.device, pipe)
+    shape = cond["reference"].shape[1:]
+    noise = torch.stack([noise_of(shape, args.seed, "held out", row["id"]) for row in rows])
+    edits = decode(pipe, denoise(pipe, cond, noise.to(sigmas.device), sigmas, args)[0], args.size)
+    scores = score_edits(ask, rows, edits, args)
+    path, lines = Path(args.out, "samples", f"step_{step:06d}", "edits.jsonl"), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for k, (row, edit, score) in enumerate(zip(held, edits, scores.tolist())):
+        edit.save(path.parent / f"{k:03d}.png")
+        source = os.path.relpath(Path(args.prompts).parent / row["source"], path.parent)
+        lines.append(row | dict(source=source, edit=f"{k:03d}.png", editor=f"step {step}",
+                                score=score if score == score else None))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log_step(args, step, dict(held_reward=scores.nanmean()))
+
+
+def noise_of(shape, *key):
+    """Noise that depends on the key alone: not on the batch, the ranks or a restart."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("noise", *key)))
+
+
+def main():
+    args = parse_args()
+    rank, world, device = setup()
+    rows = read_rows(args.prompts, ("source", "instruction", "principles"),
+                     "Run decompose.py first (README, stage 1).")
+    train, held = rows[:-args.held_out], rows[-args.held_out:]
+    if args.prompts_per_step % (world * args.updates) or args.prompts_per_step > len(train):
+        raise SystemExit(f"--prompts_per_step must be a multiple of ranks x updates = "
+                         f"{world * args.updates}, and at most the {len(train)} training prompts.")
+    if not 0 < args.sde_window <= args.num_steps // 2 or args.size % 16:
+        raise SystemExit("--sde_window must fit into the first half of --num_steps, and --size be "
+                         "a multiple of 16.")
+    if rank == 0:                      # a torn picture must not stop the run an hour later
+        with ThreadPoolExecutor() as pool:
+            all(pool.map(lambda row: open_image(args.prompts, row, "source"), rows))
+    pipe, ask = load_editor(args.editor, device), connect(args.reward, device)
+    if type(pipe).__name__ != "FluxKontextPipeline":
+        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, not a FluxKontextPipeline.")
+    torch.manual_seed(args.seed)                                    # the same A on every rank
+    params = add_lora(pipe.transformer, LORA_LAYERS, args.lora_rank)
+    if device.type == "cuda":
+        pipe.transformer.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+    first = start_run(args, pipe.transformer, optimizer, rank)
+    tokens = (args.size // (2 * pipe.vae_scale_factor)) ** 2
+    sigmas = noise_levels(pipe, tokens, args.num_steps).to(device)
+
+    for step in range(first, args.steps + 1):
+        # ---- look at the held-out prompts, save
+        if rank == 0 and (step % args.every == 0 or step == args.steps):
+            save_lora(pipe.transformer, f"{args.out}/lora")
+            if step > first:
+                save_state(args.out, step, pipe.transformer, optimizer, rank)
+            look_at_prompts(pipe, ask, held, sigmas, step, args)
+        if step == args.steps:
+            break
+
+        # ---- rollout: G edits of each of this rank's prompts, and their rewards
+        numbers = batch_rows(len(train), args.prompts_per_step, args.seed, step)[rank::world]
+        prompts, cond = read_prompts(args, [train[i] for i in numbers], device, pipe)
+        edits, path = rollout_edits(pipe, prompts, cond, sigmas, step, args)
+        repeated = [row for row in prompts for _ in range(args.group_size)]
+        rewards = score_edits(ask, repeated, edits, args).view(len(prompts), args.group_size)
+
+        # ---- advantages -> update of the LoRA
+        advantages = group_advantages(rewards)
+        ratios, kl, norm = update(pipe, params, optimizer, cond, path, advantages, args)
+
+        # ---- log the rewards of all ranks; ratio and kl of rank 0's share
+        rewards = torch.tensor(gather_rows(rewards.tolist()))
+        spread = (rewards - rewards.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        if rewards.isnan().all():
+            raise SystemExit(f"step {step}: no verdict could be read. Is {args.reward} an RRM?")
+        if rank == 0:
+            off = max((abs(ratio - 1) for ratio in ratios), default=0.0)
+            log_step(args, step, dict(
+                reward=rewards.nanmean(), group_std=spread.nanmean(), kl=kl, grad_norm=norm,
+                dead=(group_advantages(rewards) == 0).all(1).float().mean(),
+                read=(~rewards.isnan()).float().mean(), first_ratio_off=off))
+    finish()
+
+
+# ---------------------------------------------------------------- helpers, the same in every script
+
+def read_rows(path, fields, made_by):
+    """The rows of a JSONL file: every line whole, every id once, every field there."""
+    rows, number = {}, 0
+    try:
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            row = json.loads(line)
+            if missing := [name for name in ("id", *fields) if name not in row]:
+                raise ValueError(f"no field {', '.join(missing)}")
+            if row["id"] in rows:
+                raise ValueError(f"the id {row['id']!r} stands there twice")
+            if "<|" in row.get("instruction", "") + str(row.get("principles")):
+                raise ValueError("<| in instruction or principles would be read as a token")
+            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
+                raise ValueError("principles are [{question, category}, ...]")
+            rows[row["id"]] = row
+        if not rows:
+            raise ValueError("the file is empty")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    return [*rows.values()]
+
+
+def open_image(path, row, key, max_pixels=512 * 28 * 28):
+    """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
+    file = Path(path).parent / str(row[key])
+    try:
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+                         "Restore the picture or delete the row.")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
+    return image
 
 
 def load_editor(folder, device):
     """Any editing pipeline of diffusers, from a folder or hub id; bf16 on a GPU, fp32 on a CPU."""
     for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()    # resized pictures, missing torchvision: known and harmless
+        logging.set_verbosity_error()      # missing torchvision and accelerate: known and harmless
         logging.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"{folder} is no editor that can be loaded ({str(error).splitlines()[0]}). "
-            "Give a diffusers folder or hub id, such as toy/models/editor.")
-    if "image" not in inspect.signature(pipe.__call__).parameters:
-        raise SystemExit(f"{folder} holds a {type(pipe).__name__}, which takes no source image: "
-                         "not an editor.")
+        raise SystemExit(f"{folder} is no editor of diffusers: {str(error).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
-def seeded(*key):
-    """A random generator of its own for every key, such as (seed, stage, row id, k)."""
-    number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(number)
+def connect(vlm, device):
+    """ask(chats, max_new, temperature, seed) of a folder, a hub id or http://host:port/v1."""
+    if "://" in vlm:
+        return partial(ask_server, vlm)
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    return partial(ask_model, *load_vlm(vlm, device, dtype))
 
 
-def parse_config(config_class, toy, argv=None, prog=None):
-    """Every field of the dataclass is a --flag: its default gives the type, its comment the help.
-
-    A tuple field, like `pool: tuple[str, ...] = ()`, takes one or more values separated by spaces.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*# *(.+)$", inspect.getsource(config_class), re.M))
-    parser = argparse.ArgumentParser(
-        prog, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    if toy:
-        parser.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {toy}")
-    for f in fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if isinstance(f.default, tuple):
-            kind = {"type": f.type.__args__[0], "nargs": "+"}
-        note = notes[f.name].replace("%", "%%") + " [%(default)s]"
-        parser.add_argument("--" + f.name, default=f.default, help=note, **kind)
-    if "--toy" in argv:
-        parser.set_defaults(**toy)
-    flags = vars(parser.parse_args(argv))
-    flags.pop("toy", None)
-    return config_class(**flags)
+def load_vlm(folder, device, dtype):
+    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa")
+        return model.to(device).eval(), Encoder(folder)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
+                         "Give a Hugging Face folder or hub id.")
 
 
-def check_start(config, *required):
-    """The required flags are given, and no earlier run is overwritten or continued by accident."""
-    for name in required:
-        if not getattr(config, name):
-            script = Path(sys.argv[0]).name
-            raise SystemExit(f"--{name} is missing. {script} --help explains every flag.")
-    metrics, before = Path(config.out, "metrics.jsonl"), Path(config.out, "config.json")
-    if not config.resume and metrics.exists() and metrics.stat().st_size:
-        raise SystemExit(f"{config.out} holds an earlier run. "
-                         "Pass --resume to go on with it, or another --out.")
-    if config.resume and before.exists():
-        for name, value in json.loads(before.read_text()).items():
-            if name not in FREE and getattr(config, name, value) != value:
-                raise SystemExit(f"{config.out} was begun with --{name} {value}, now it is "
-                                 f"{getattr(config, name)}. Give the same, or another --out.")
+class Encoder:
+    """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
+
+    def __init__(self, folder):
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        self.pad_id = self.tokenizer.pad_token_id
+        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+
+    def __call__(self, chats):
+        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+                              if part["type"] == "image"], return_tensors="pt")
+        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
+                                                   add_generation_prompt=True)
+        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
+        ids = inputs["input_ids"]                                 # 3-D positions need the types
+        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
+                    mm_token_type_ids=(ids == self.banned[0]).int())
+
+
+def ask_model(model, encode, chats, max_new, temperature, seed):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
+    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
+        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
+        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
+        **(draw if temperature else dict(do_sample=False)))
+    torch.manual_seed(seed)
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
+                                         enabled=model.device.type == "cuda"):
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
+    tokens = tokens[:, inputs["input_ids"].shape[1]:]
+    return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def ask_server(url, chats, max_new, temperature, seed):
+    """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
+    url, _, name = url.partition("#")                     # URL#NAME where it serves several models
+    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                             timeout=300)
+
+    def reply(chat):
+        content = [dict(part) for part in chat[0]["content"]]
+        for part in content:
+            if part["type"] == "image":
+                part.pop("image").save(png := io.BytesIO(), "PNG")
+                data = base64.b64encode(png.getvalue()).decode()
+                part |= dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+        for wait in (1, 2, 4, 0):
+            try:
+                return client.chat_completion(
+                    [dict(role="user", content=content)], model=name or "default", seed=seed,
+                    max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
+            except Exception as error:           # a network fails in more ways than one can list
+                failure = error
+                time.sleep(wait)
+        return failure
+
+    with ThreadPoolExecutor(16) as pool:
+        replies = [*pool.map(reply, chats)]
+    if replies and all("Connect" in type(reply).__name__ for reply in replies):
+        raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
+    return replies
 
 
 def batch_rows(n, size, seed, step):
     """The row numbers of one step: every epoch is its own permutation, cut into whole batches."""
     epoch, place = divmod(step, n // size)
-    order = uniforms([("order", seed, epoch)], n)[0].argsort()
+    order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[place * size:(place + 1) * size].tolist()
 
 
+def seed_of(*key):
+    """A seed of its own for every key, such as (seed, stage, row id, k)."""
+    return int(np.random.SeedSequence([*repr(key).encode()]).generate_state(1)[0])
+
+
 def autocast(device):
-    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay fp32."""
+    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay as they are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def setup():
-    """Join the process group torchrun announced, or run alone; return rank, world size, device."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+    """Join the process group that torchrun announced, or run alone: rank, world size, device."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1:                                       # rank 0 alone saves large files: an hour
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
+                                timeout=timedelta(hours=1))
     return rank, world, device
-
-
-def all_sum(values):
-    """Element-wise sum of a list of numbers over all ranks."""
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        total = total.to("cuda") if dist.get_backend() == "nccl" else total
-        dist.all_reduce(total)
-    return total.tolist()
 
 
 def gather_rows(rows):
     """The lists of all ranks, joined in rank order, on every rank."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    parts = [rows]
+    if dist.is_initialized():
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+    return sum(parts, [])
 
 
-def sync_gradients(params):
-    """Sum the gradients over all ranks (the loss carries the global 1/n); none counts as zeros."""
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if dist.is_initialized() and not isinstance(p, DTensor):    # FSDP2 has summed those itself
-            dist.all_reduce(p.grad)
+STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
+                         strict=False)                  # one file, whatever the number of ranks
+
+
+def start_run(args, model, optimizer, rank):
+    """Begin a run in --out, or go on with its last state: the step to begin with."""
+    out, metrics, step = Path(args.out), Path(args.out, "metrics.jsonl"), 0
+    if metrics.exists() and not args.resume:
+        raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
+    if args.resume and Path(out, "state.pt").exists():
+        saved = torch.load(Path(out, "state.pt"), weights_only=True, mmap=True)
+        set_state_dict(model, optimizer, model_state_dict=saved["model"],
+                       optim_state_dict=saved["optimizer"], options=STATE)
+        step = saved["step"]
+    rows = metrics.read_text().splitlines(True) if metrics.exists() else []
+    gather_rows([])                                     # all have read before rank 0 writes
+    if rank == 0:
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        Path(out, "config.json").write_text(json.dumps(vars(args), indent=1))
+        metrics.write_text("".join(row for row in rows if row.endswith("\n")
+                                   and json.loads(row)["step"] < step))
+    args.begun, args.first = time.time(), step
+    return step
+
+
+def save_state(out, step, model, optimizer, rank):
+    """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
+    weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
+    if rank == 0:
+        torch.save(dict(step=step, model=weights, optimizer=moments), f"{out}/state.tmp")
+        os.replace(f"{out}/state.tmp", f"{out}/state.pt")
+
+
+def log_step(args, step, metrics):
+    """One line on the screen, one row in metrics.jsonl (null: no number)."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    eta = (time.time() - args.begun) / max(1, step - args.first) * (args.steps - step) / 60
+    print(f"step {step:4d}/{args.steps} | {' | '.join(f'{k} {v:.3g}' for k, v in metrics.items())}"
+          f" | eta {eta:.1f} min", flush=True)
+    row = dict(step=step) | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    with open(f"{args.out}/metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def finish():
-    """Leave the process group; several ranks end here: gloo threads can die in Python's exit."""
+    """End all ranks without Python's own exit, in which gloo's threads can die."""
     if dist.is_initialized():
-        gc.collect()
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)
-
-
-def catch_stop():
-    """A list that fills on SIGTERM or SIGINT: the loop then saves its state and leaves."""
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
-    return stop
-
-
-def whole(tensor):
-    """A tensor that is spread over the ranks, put together on each of them; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def save_state(out, step, params, optimizer, rank):
-    """All that a resumed run needs, in one file: step, trained parameters, Adam's moments."""
-    tensors = {}
-    for i, p in enumerate(params):
-        for name, value in dict(param=p.detach(), **optimizer.state[p]).items():
-            value = whole(value)                                    # a sharded one: on every rank
-            if rank == 0:
-                tensors[f"{i}.{name}"] = value.cpu().contiguous()
-    if rank == 0:
-        save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
-        os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
-
-
-def load_state(out, params, optimizer):
-    """Put the saved parameters and moments back; return the step to go on with (0: no state)."""
-    path = Path(out) / "state.safetensors"
-    if not path.exists():
-        return 0
-    for key, value in load_file(path).items():
-        index, name = key.split(".")
-        p = params[int(index)]
-        if name != "step":
-            value = value.to(p.device)
-            if isinstance(p, DTensor):
-                value = distribute_tensor(value, p.device_mesh, p.placements)
-        if name == "param":
-            p.data.copy_(value)
-        else:
-            optimizer.state[p][name] = value
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
-
-
-def open_log(out, step, config):
-    """Make the output folder, write config.json, drop the metrics of steps that will run again."""
-    Path(out, "samples").mkdir(parents=True, exist_ok=True)
-    Path(out, "config.json.tmp").write_text(json.dumps(asdict(config), indent=1))
-    os.replace(Path(out, "config.json.tmp"), Path(out, "config.json"))
-    path = Path(out, "metrics.jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(row + "\n" for row in rows))
-
-
-def log_step(out, step, steps, begun, first, metrics):
-    """One line on the screen, one row in metrics.jsonl; `begun` is when step `first` began."""
-    seconds = (time.time() - begun) / (step - first)
-    text = " | ".join(f"{k} {v:.3g}" for k, v in metrics.items())
-    print(f"step {step:4d}/{steps} | {text} | {seconds:.1f}s/step | "
-          f"eta {seconds * (steps - step) / 60:.1f} min", flush=True)
-    append_rows(Path(out, "metrics.jsonl"), [dict(step=step, **metrics)])
-
-
-def edit_sheet(path, rows, size=160):
-    """A picture of rows (instruction, source, [(edit, caption, wins: bool | None), ...])."""
-    font, pad, text = ImageFont.load_default(12), 8, 50
-    columns = 1 + max(len(edits) for _, _, edits in rows)
-    width, height = columns * (size + pad) + pad, len(rows) * (size + text + pad) + pad
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (instruction, source, edits) in enumerate(rows):
-        for j, (image, caption, wins) in enumerate([(source, instruction, None)] + edits):
-            x, y = pad + j * (size + pad), pad + i * (size + text + pad)
-            how = Image.NEAREST if image.width < size else Image.BICUBIC
-            sheet.paste(image.resize((size, size), how), (x, y))
-            draw.rectangle([x - 2, y - 2, x + size + 1, y + size + 1], width=3,
-                           outline={None: "#888888", True: "#1a9850", False: "#d73027"}[wins])
-            lines = [s for line in caption.split("\n") for s in textwrap.wrap(line, size // 7)][:3]
-            draw.multiline_text((x, y + size + 4), "\n".join(lines), "black", font)
-    sheet.save(path)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ nothing on the prompt.
 
     L = 1/|Y| Σ_(x, y) Σ_t -log π(y_t | x, y_<t)     |Y| = verdict tokens of the step  response_loss
 
-    sft.jsonl {id, source, edit, instruction, principles, gold, text} + a Qwen2.5-VL
+    sft.jsonl {id, source, edit, instruction, principles, text} + a Qwen2.5-VL or Qwen3-VL
       -> [two images, instruction, principles | verdict]
-      -> out/model, the SFT-RRM that train_gcpo.py sharpens
+      -> out/model (the SFT-RRM that train_gcpo.py sharpens), metrics.jsonl, samples/
 
-The last --held_out rows, and all that share a source image with them, are not trained on. There you
-can watch the verifier being born: held_parsed (share of readable verdicts), held_points (share of
-their answers that equal the inspector's gold), held_loss. out/samples shows the same eight edits
-with their greedy verdicts.
+The last --held_out rows, and all that share a source with them, are not trained on. There you can
+watch the verifier being born: held_loss, held_parsed (share of readable verdicts), held_right (the
+share of their answers that equal the inspector's gold). samples/ has the greedy verdicts.
 
 Shapes: B rows, P tokens of a prompt, T of a verdict, V vocabulary.
 
@@ -21,111 +20,112 @@ Shapes: B rows, P tokens of a prompt, T of a verdict, V vocabulary.
     torchrun --nproc-per-node=8 train_sft.py --data sft.jsonl --out sft \
         --model Qwen/Qwen2.5-VL-3B-Instruct
 
-Against the paper: it prints no hyper-parameter of this stage, so all of Config is ours.
- 1. Full fine-tuning; the vision tower is frozen (--no-freeze_vision trains it too).
- 2. Every verdict token of a step weighs the same, so a long verdict weighs more than a short one.
- 3. Image placeholders are not in the learned distribution, exactly as when verdicts are sampled.
- 4. Training takes 16 bytes per parameter: 3B fits one GPU of 80 GB, 7B is sharded over four or more
-    (--shard: FSDP2).
+Against the paper: it prints no hyper-parameter of this stage, so all of them are ours. (1) Full
+fine-tuning, the vision tower frozen. (2) Every verdict token of a step weighs the same, so a long
+verdict weighs more than a short one. (3) Image placeholders are not in the learned distribution,
+exactly as when verdicts are sampled.
+
+What to change for ... another format of verdict: the rows alone, for a row without principles asks
+for a score, and a text without reasoning teaches none. The vision tower: `main`. Another VLM
+family: `Encoder` (pictures into tokens) and `verdict_loss` (positions).
 """
-import argparse, ast, gc, hashlib, inspect, json, math, os, re, shutil, signal, sys, textwrap, time
+import argparse, json, math, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from PIL import Image, ImageOps
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+TOY = dict(held_out=48, epochs=6, batch=32, micro=16, lr=7e-4, max_new=128, every=50)
 
 
-@dataclass
-class Config:
+def parse_args():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {TOY}")
     # data
-    data: str = ""                       # sft.jsonl
-    model: str = ""                      # folder or hub id of a Qwen2.5-VL
-    out: str = ""                        # folder for model/, metrics.jsonl, samples/, ...
-    max_pixels: int = 401408             # larger images shrink (512 tokens); 0 = the model's limit
-    max_length: int = 4096               # rows with more tokens go to out/failed.jsonl
-    held_out: int = 64                   # the last rows of the file, never trained on
+    flags.add_argument("--data", required=True, help="sft.jsonl")
+    flags.add_argument("--model", required=True, help="a Qwen2.5-VL or Qwen3-VL")
+    flags.add_argument("--out", required=True, help="folder for model/, metrics.jsonl, samples/")
+    flags.add_argument("--held_out", type=int, default=64, help="last rows, only judged")
+    flags.add_argument("--max_length", type=int, default=4096, help="in tokens; longer rows fail")
     # optimisation
-    epochs: int = 1                      # passes over the rows
-    batch: int = 64                      # rows per step, over all GPUs
-    micro: int = 4                       # rows per forward: bounds the memory
-    lr: float = 1e-5                     # AdamW, peak; linear warm-up, then a cosine down to 0
-    warmup: int = 20                     # steps of warm-up
-    weight_decay: float = 0.0            # AdamW
-    clip_grad: float = 1.0               # largest norm of the gradient
-    freeze_vision: bool = True           # leave the vision tower as it is
-    shard: bool = False                  # FSDP2: each GPU keeps its part of weights and moments
-    gradient_checkpointing: bool = True  # recompute activations: less memory, a third more time
-    # running
-    max_new: int = 1024                  # longest verdict on a held-out row, in tokens
-    seed: int = 0                        # order of the rows
-    save_every: int = 200                # steps between training states
-    sample_every: int = 200              # steps between looks at the held-out rows
-    resume: bool = False                 # go on from --out's last training state
+    flags.add_argument("--epochs", type=int, default=1, help="passes over the rows")
+    flags.add_argument("--batch", type=int, default=64, help="rows per step, over all GPUs")
+    flags.add_argument("--micro", type=int, default=4, help="rows per forward pass")
+    flags.add_argument("--lr", type=float, default=1e-5, help="AdamW, peak; then a cosine to 0")
+    # run
+    flags.add_argument("--max_new", type=int, default=1024, help="longest held-out verdict, tokens")
+    flags.add_argument("--seed", type=int, default=0, help="of the order of the rows")
+    flags.add_argument("--every", type=int, default=200, help="steps between looks, and states")
+    flags.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    if "--toy" in sys.argv:
+        flags.set_defaults(**TOY)
+    return flags.parse_args()
 
 
-TOY = dict(max_pixels=0, held_out=48, epochs=6, batch=32, micro=16, lr=7e-4, warmup=8, max_new=128,
-           gradient_checkpointing=False, save_every=50, sample_every=50)
-FREE = ("out", "resume", "save_every", "sample_every", "micro", "shard",
-        "gradient_checkpointing")                # what --resume may change
+# ---------------------------------------------------------------- the verdict
+
+VERDICT_RULES = """\
+Judge how well the second image carries out the instruction on the first one.
+Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
+doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
+a person are the person's own. Where a question contradicts the instruction, the instruction wins.
+What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
+The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
+useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
+{"average_score": the share of ones}
+<score>your score</score>"""
+SCORE_RULES = """\
+Judge how well the second image carries out the instruction on the first one. Reason first: say what
+you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
+nearly perfect. End with exactly this line:
+<score>your score</score>"""
 
 
-# ---------------------------------------------------------------- data
-
-def load_data(config, world):
-    """(rows to train on, held-out rows), checked before the model is loaded."""
-    check_start(config, "data", "model", "out")
-    rows = read_rows(config.data, ("source", "edit", "instruction", "principles", "gold", "text"),
-                     "Make it with build_sft.py (README, stage 2).")
-    check_images(config.data, rows, ("source", "edit"))
-    held = rows[-config.held_out:] if config.held_out else []
-    known = {row["source"] for row in held}                      # nor are their other edits learned
-    train = [row for row in rows if row["source"] not in known]
-    if len(held) < world or config.batch < world or len(train) < config.batch:
-        raise SystemExit(f"{config.data}: {len(rows)} rows leave {len(train)} to train on, "
-                         f"{len(held)} held out. A step takes {config.batch}, on {world} rank(s): "
-                         "change --held_out or --batch.")
-    return train, held
+def verdict_chat(source, edit, instruction, principles):
+    """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
+    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    return [{"role": "user", "content": [
+        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
+        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
+        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
 
 
-def usable(rows, encode, config):
-    """Rows to learn, with `length` and `verdict_length` in tokens, and the others, with `error`."""
-    good, failed, banned = [], [], {encode.image_id, encode.video_id}
-    for row in rows:
-        chat = verdict_chat(None, None, row["instruction"], row["principles"])
-        prompt = encode.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True)
-        prompt, verdict = encode.tokenizer([prompt, row["text"]])["input_ids"]
-        length = len(prompt) - 2 + len(verdict) + 1         # placeholders off, end token on
-        for key in ("source", "edit"):                      # the header of the file tells the size
-            with Image.open(Path(config.data).parent / row[key]) as image:
-                patches = encode.images.get_number_of_image_patches(image.height, image.width)
-            length += patches // encode.images.merge_size ** 2
-        points, limit = len(row["principles"]), config.max_length
-        error = (f"{length} tokens, --max_length is {limit}" if length > limit else
-                 "no readable verdict in text" if not parse_verdict(row["text"], points) else
-                 "gold does not fit the principles" if len(row["gold"]) != points else
-                 "image placeholder in text" if banned & set(verdict) else None)
-        if error:
-            failed.append(row | dict(error=error))
-        else:
-            good.append(row | dict(length=length, verdict_length=len(verdict) + 1))
-    return good, failed
+def parse_verdict(text, n_questions):
+    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+
+    The last score counts, with the average and the list before it; nothing is guessed. Without
+    questions there is no list, and score / 10 stands in for the average.
+    """
+    number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
+    average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
+    *_, match = [None, *re.finditer(rf"{average}<score>{number}</score>", text)]
+    average, score = (float(match[1]), float(match[match.lastindex])) if match else (0, math.inf)
+    if score > 10 or n_questions and average > 1:
+        return None
+    if not n_questions:
+        return [], score / 10, score
+    _, *lists = re.split(r"""\[\s*(?=\{\s*["']\w+["']\s*:)""", text[:match.start()].rstrip())
+    answers = re.findall(r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]""", lists[-1]) if lists else []
+    good = len(answers) == n_questions and {*answers} <= {"0", "1"} and lists[-1].endswith("]")
+    return ([*map(int, answers)], average, score) if good else None
 
 
-# ---------------------------------------------------------------- the maths
+# ---------------------------------------------------------------- the mathematics
 
 def response_loss(logits, labels):
     """Sum of -log π over verdict tokens: logits (B, T, V), labels (B, T), -100 = not learned."""
@@ -133,25 +133,26 @@ def response_loss(logits, labels):
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def learning_rate(step, steps, warmup, peak):
-    """Linear warm-up, then half a cosine down to zero."""
+def learning_rate(step, steps, peak):
+    """Linear warm-up over a twentieth of the steps, then half a cosine down to zero."""
+    warmup = steps / 20
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return peak * (step + 1) / (warmup + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 # ---------------------------------------------------------------- the model
 
-def row_chat(row, config):
-    """The prompt of one row, with its images opened."""
-    source, edit = (open_image(Path(config.data).parent, row[k]) for k in ("source", "edit"))
-    return verdict_chat(source, edit, row["instruction"], row["principles"])
+def row_chat(args, row):
+    """The prompt of one row, with its pictures opened."""
+    pictures = [open_image(args.data, row, key) for key in ("source", "edit")]
+    return verdict_chat(*pictures, row["instruction"], row["principles"])
 
 
-def verdict_loss(model, encode, rows, config):
+def verdict_loss(model, encode, chats, texts):
     """response_loss of B rows [padding | prompt | verdict | padding]; logits of verdicts only."""
-    inputs = encode([row_chat(row, config) for row in rows])
-    verdicts = [encode.tokenizer(row["text"])["input_ids"] + [encode.eos_id] for row in rows]
+    inputs = encode(chats)
+    verdicts = [encode.tokenizer(text)["input_ids"] + encode.ends[:1] for text in texts]
     longest = max(map(len, verdicts))
     labels = torch.tensor([v + [-100] * (longest - len(v)) for v in verdicts])       # (B, T)
     given = (labels != -100).long()
@@ -163,560 +164,286 @@ def verdict_loss(model, encode, rows, config):
         **{k: v for k, v in inputs.items() if k != "pixel_values"})
     with autocast(model.device):
         out = model(**inputs, position_ids=position, use_cache=False, logits_to_keep=longest + 1)
-    logits = out.logits[:, :-1].float()                                              # (B, T, V)
-    banned = torch.tensor([encode.image_id, encode.video_id], device=model.device)   # policy_logp's
-    return response_loss(logits.index_fill(-1, banned, float("-inf")), labels.to(model.device))
+    banned = torch.tensor(encode.banned, device=model.device)
+    logits = out.logits[:, :-1].float().index_fill(-1, banned, -math.inf)            # (B, T, V)
+    return response_loss(logits, labels.to(model.device))
 
-
-# ---------------------------------------------------------------- pictures
 
 @torch.no_grad()
-def look_at_verdicts(model, encode, held, done, rank, world, config):
-    """Loss and greedy verdicts on the held-out rows after `done` steps; eight drawn and written."""
-    model.eval()
+def look_at_verdicts(model, encode, held, step, rank, world, args):
+    """Loss and greedy verdicts on the held-out rows, which go to samples/."""
     found, mine = [], range(rank, len(held), world)
-    for numbers in [mine[i:i + config.micro] for i in range(0, len(mine), config.micro)]:
-        rows = [held[i] for i in numbers]
-        with autocast(model.device), gathered(model):
-            loss = verdict_loss(model, encode, rows, config).item() / len(rows)
-            chats = [row_chat(row, config) for row in rows]
-            replies = ask(model, encode, chats, numbers, config.max_new, 0.0)
-        found += [(i, reply, loss) for i, reply in zip(numbers, replies)]
-    _, replies, losses = zip(*sorted(gather_rows(found)))
-    read = [parse_verdict(reply, len(row["principles"])) for row, reply in zip(held, replies)]
-    right = [v == g for row, verdict in zip(held, read) if verdict
-             for v, g in zip(verdict[0], row["gold"])]
+    for numbers in [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]:
+        chats = [row_chat(args, held[i]) for i in numbers]
+        loss = verdict_loss(model, encode, chats, [held[i]["text"] for i in numbers]).item()
+        replies = ask_model(model, encode, chats, args.max_new, 0, 0)
+        found += [(i, reply, loss / len(numbers)) for i, reply in zip(numbers, replies)]
+    found = sorted(gather_rows(found))
     if rank == 0:
-        sheet, text, folder = [], "", Path(config.data).parent
-        for row, verdict, reply in list(zip(held, read, replies))[:8]:
-            answers = verdict[0] if verdict else "?"
-            says, gold = ("".join(map(str, a)) for a in (answers, row["gold"]))
-            source, edit = (open_image(folder, row[k]) for k in ("source", "edit"))
-            caption = f"score {verdict[2] if verdict else '?'}\nsays {says}\ngold {gold}"
-            sheet.append((row["instruction"], source, [(edit, caption, says == gold)]))
-            text += f"{row['id']}: {row['instruction']}\n{reply}\n\n"
-        edit_sheet(f"{config.out}/samples/step_{done:06d}.png", sheet)
-        Path(f"{config.out}/samples/step_{done:06d}.txt").write_text(text, encoding="utf-8")
-    return dict(held_loss=sum(losses) / sum(row["verdict_length"] for row in held),
-                held_parsed=sum(map(bool, read)) / len(held),
-                held_points=sum(right) / max(1, len(right)))
+        read = [parse_verdict(reply, len(held[i]["principles"])) for i, reply, _ in found]
+        right = [v == g for row, verdict in zip(held, read) if verdict
+                 for v, g in zip(verdict[0], row.get("gold", ()))]
+        rows = [row | dict(reply=reply) for row, (_, reply, _) in zip(held, found)]
+        Path(args.out, f"samples/step_{step:06d}.json").write_text(json.dumps(rows, indent=1))
+        log_step(args, step, dict(
+            held_loss=sum(loss for *_, loss in found) / sum(row["tokens"] for row in held),
+            held_parsed=sum(map(bool, read)) / len(held),
+            held_right=sum(right) / max(1, len(right))))
 
 
-# ---------------------------------------------------------------- training
+def fault(row, encode, args):
+    """Why this row cannot be learned; None if it can. Notes the `tokens` of its verdict."""
+    row["tokens"] = len(encode.tokenizer(row["text"])["input_ids"]) + 1
+    if row["tokens"] > args.max_length:
+        return f"the verdict has {row['tokens']} tokens, --max_length is {args.max_length}"
+    if "<|" in row["text"] or not parse_verdict(row["text"], len(row["principles"])):
+        return "the text is no readable verdict"
+
 
 def main():
-    config = parse_config(Config, TOY)
+    args = parse_args()
     rank, world, device = setup()
-    rows, held = load_data(config, world)
-    model, encode = load_vlm(config.model, torch.device("cpu") if config.shard else device,
-                             torch.float32, config.max_pixels)
-    model.model.visual.requires_grad_(not config.freeze_vision)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
-    loss_of = partial(verdict_loss, model)
-    if config.shard:
-        loss_of = shard(model, loss_of)
-    (rows, failed), (held, failed_held) = usable(rows, encode, config), usable(held, encode, config)
-    failed += failed_held
-    if len(rows) < config.batch or len(held) < world:
-        raise SystemExit(f"{len(failed)} rows cannot be used, too few are left. "
-                         f"{failed[0]['id']}: {failed[0]['error']}.")
+    rows = read_rows(args.data, ("source", "edit", "instruction", "principles", "text"),
+                     "Make it with build_sft.py (README, stage 2).")
+    if rank == 0:                      # a torn picture must not stop the run an hour later
+        jobs = [(row, key) for row in rows for key in ("source", "edit")]
+        with ThreadPoolExecutor() as pool:
+            all(pool.map(lambda job: open_image(args.data, *job), jobs))
+    model, encode = load_vlm(args.model, "cpu" if world > 1 else device, torch.float32)
+    failed = [row | dict(error=error) for row in rows if (error := fault(row, encode, args))]
+    rows = [row for row in rows if row["id"] not in {f["id"] for f in failed}]
+    held = rows[-args.held_out:]
+    known = {row["source"] for row in held}                     # nor are their other edits learned
+    train = [row for row in rows if row["source"] not in known]
+    if len(train) < args.batch or min(len(held), args.batch) < world:
+        raise SystemExit(f"{args.data}: {len(failed)} rows failed {failed[:1]}; too few are left "
+                         f"for --batch and --held_out on {world} rank(s).")
+    model.model.visual.requires_grad_(False)
+    if device.type == "cuda":      # recompute the MLPs: most of the memory
+        for layer in model.model.language_model.layers:
+            layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+    if world > 1:
+        shard(model)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
-    first = load_state(config.out, params, optimizer) if config.resume else 0
-    steps = config.epochs * (len(rows) // config.batch)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0)
+    args.steps = args.epochs * (len(train) // args.batch)
+    first = start_run(args, model, optimizer, rank)
     if rank == 0:
-        open_log(config.out, first or -1, config)
-        Path(config.out, "failed.jsonl").unlink(missing_ok=True)
-        append_rows(Path(config.out, "failed.jsonl"), failed)
-        print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters, {len(rows)} rows; "
-              f"{config.epochs} epoch(s) x {len(rows) // config.batch} steps x {config.batch} rows "
-              f"on {world} rank(s)", flush=True)
-    if first == 0:
-        before = look_at_verdicts(model, encode, held, 0, rank, world, config)
-        if rank == 0:
-            means = " | ".join(f"{k} {v:.3g}" for k, v in before.items())
-            print("step    0 | " + means, flush=True)
-            append_rows(f"{config.out}/metrics.jsonl", [dict(step=0, **before)])
+        Path(args.out, "failed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in failed))
+        print(f"{len(failed) + len(rows)} rows: {len(train)} to learn, {len(held)} held out, "
+              f"{len(failed)} failed, {len(rows) - len(train) - len(held)} share a held-out source")
 
-    stop, begun, done = catch_stop(), time.time(), first
-    for step in range(first, steps):
-        # ---- the rows of this step, sorted by length, so that a micro-batch holds little padding
-        batch = [rows[i] for i in batch_rows(len(rows), config.batch, config.seed, step)]
-        batch.sort(key=lambda row: row["length"])
-        micros = [batch[i:i + config.micro] for i in range(0, len(batch), config.micro)]
-        total = sum(row["verdict_length"] for row in batch)
-        if config.shard:                     # ranks gather layers together: as many passes on each
-            micros += [micros[0]] * (-len(micros) % world)
-
-        # ---- update; checkpointing works in train mode only, and no dropout tells the modes apart
-        model.train(config.gradient_checkpointing)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.warmup, config.lr)
-        loss = 0.0
-        for i in range(rank, len(micros), world):
-            part = loss_of(encode, micros[i], config) / total
-            part = part * (i * config.micro < len(batch))            # a filled-in pass counts zero
-            part.backward()
-            loss += part.item()
-        sync_gradients(params)
-        norm = whole(torch.nn.utils.clip_grad_norm_(params, config.clip_grad)).item()
-        if not math.isfinite(norm):
-            raise SystemExit(f"step {step + 1}: the gradient's norm is {norm}. Nothing was learned "
-                             "from it; begin again with a lower --lr.")
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # ---- log, look, save
-        done = step + 1
-        losses, stopping = zip(*gather_rows([(loss, bool(stop))]))
-        metrics = dict(loss=sum(losses), lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
-                       tokens=total)
-        if done % config.sample_every == 0 or done == steps:
-            metrics |= look_at_verdicts(model, encode, held, done, rank, world, config)
-        if rank == 0:
-            log_step(config.out, done, steps, begun, first, metrics)
-        if done % config.save_every == 0 or done == steps or any(stopping):
-            save_state(config.out, done, params, optimizer, rank)
-        if any(stopping):
+    for step in range(first, args.steps + 1):
+        # ---- look at the held-out rows, save
+        if step % args.every == 0 or step == args.steps:
+            if step > first:
+                save_state(args.out, step, model, optimizer, rank)
+            look_at_verdicts(model, encode, held, step, rank, world, args)
+        if step == args.steps:
             break
 
-    if done == steps:
-        save_model(model, encode, f"{config.out}/model", rank)
-    if rank == 0 and done < steps:
-        print(f"stopped after step {done}; the same command with --resume goes on")
-    elif rank == 0:
-        print(f"{len(rows) + len(held) + len(failed)} rows in, {len(rows)} learned, "
-              f"{len(held)} held out, {len(failed)} failed: {config.out}/model")
+        # ---- the rows of this step, short verdicts together; every rank makes as many passes
+        numbers = batch_rows(len(train), args.batch, args.seed, step)
+        batch = sorted((train[i] for i in numbers), key=lambda row: row["tokens"])
+        micros = [batch[i:i + args.micro] for i in range(0, len(batch), args.micro)]
+        real, total = len(micros), sum(row["tokens"] for row in batch)
+        micros += micros[:1] * (-real % world)
+
+        # ---- update
+        loss = 0.0
+        for i in range(rank, len(micros), world):
+            chats = [row_chat(args, row) for row in micros[i]]
+            part = verdict_loss(model, encode, chats, [row["text"] for row in micros[i]]) / total
+            part = part * (i < real)                            # a filled-in pass counts zero
+            part.backward()
+            loss += part.item()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(norm):
+            raise SystemExit(f"step {step}: the gradient's norm is {norm}. Lower --lr.")
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = sum(gather_rows([loss]))
+        if rank == 0:
+            log_step(args, step, dict(loss=loss, grad_norm=norm, tokens=total))
+    save_model(model, encode, f"{args.out}/model", rank)
     finish()
 
 
-# ------------- shared helpers: the same text in every script that needs them (tests/test_copies.py)
+# ---------------------------------------------------------------- helpers, the same in every script
 
-VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first, in plain words: say what you see, then go through the questions one by one.
-Answer a question 1 for yes and 0 for no; when in doubt answer 0 and let the doubt lower your score.
-A change of degree counts only if it is plain to see, a removal only if it is complete, a move only if it is large.
-Write the bounding box of whatever a question places somewhere; left and right of a person are the person's own.
-What the instruction leaves alone must stay: something changed, lost or invented costs more than a half-done edit.
-Where a question contradicts the instruction, the instruction wins. Look for artefacts and for wrong colours too.
-If nothing was edited the score is 0. White borders cost a little.
-The score is your own judgement from 0 to 10, decimals welcome: 0 useless, 5 half usable, 8 nearly perfect.
-It is no mean of the answers: weigh every failed point by how hard it would be to repair.
-End with exactly these three lines:
-[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
-{"average_score": the share of ones}
-<score>your score</score>"""
-
-
-def verdict_chat(source, edit, instruction, principles):
-    """The one prompt of the reward model: two images, instruction, principles and rules."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    return [{"role": "user", "content": [
-        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
-        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
-                                 f"{VERDICT_RULES}"}]}]
-
-
-def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
-
-    Strict: the last score tag, the average before it, the list before that; nothing is guessed.
-    """
-    number = r"([0-9]+(?:\.[0-9]+)?)"
-    tail = re.compile(rf"""\{{\s*["']average_score["']\s*:\s*{number}\s*\}}\s*"""
-                      rf"<score>\s*{number}\s*</score>")
-    match = next(reversed(list(tail.finditer(text))), None)
-    if match is None or not (float(match[1]) <= 1 and float(match[2]) <= 10):
-        return None
-    head = text[:match.start()].rstrip()
-    for start in reversed([m.start() for m in re.finditer(r"\[\s*\{", head)]):
-        for read in (json.loads, ast.literal_eval):         # double quotes, then single quotes
-            try:
-                items = read(head[start:])
-                verdict = [item["score"] for item in items]
-            except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-                continue
-            if len(verdict) == n_questions and all(type(v) is int and v in (0, 1) for v in verdict):
-                return verdict, float(match[1]), float(match[2])
-            return None
-    return None
-
-
-def read_rows(path, needs, made_by):
-    """All rows of a JSONL file, checked: whole lines, unique ids, the fields of `needs` present."""
-    path = Path(path)
-    if not path.is_file():
-        raise SystemExit(f"{path} not found. {made_by}")
-    rows, seen = [], {}
-    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()            # half an emoji is no UTF-8
-        except ValueError as error:
-            raise SystemExit(f"{where}: not a whole JSON object ({error}). A torn last line comes "
-                             "from a killed writer: delete it and run that stage again.")
-        missing = [k for k in ("id", *needs) if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise SystemExit(f"{where}: no field {', '.join(missing)}. {made_by}")
-        if row["id"] in seen:
-            raise SystemExit(f"{where}: id {row['id']!r} stands in line {seen[row['id']]} already. "
-                             "Ids must be unique: rename or delete one of the two.")
-        text = row["instruction"] if "instruction" in needs else ""
-        if not isinstance(text, str) or "<|" in text:
-            raise SystemExit(f"{where} ({row['id']}): the instruction must be text, and without "
-                             "<|...|>, which stands for a token. Mend or remove the row.")
-        if "principles" in needs:
-            check_principles(row["principles"], f"{where} ({row['id']})")
-        seen[row["id"]] = number
-        rows.append(row)
-    if not rows:
-        raise SystemExit(f"{path} is empty. {made_by}")
-    return rows
-
-
-def check_principles(principles, where):
-    """Stop unless `principles` is [{question: text, category: follow | keep | quality}, ...]."""
-    good = isinstance(principles, list) and principles and all(
-        isinstance(p, dict) and isinstance(p.get("question"), str)
-        and p.get("category") in ("follow", "keep", "quality") for p in principles)
-    if not good:
-        raise SystemExit(f"{where}: principles must be a list of "
-                         "{question, category: follow | keep | quality}. "
-                         "Make them with decompose.py (README, stage 1).")
-
-
-def open_image(folder, name):
-    """A picture as RGB, EXIF rotation applied, transparency on white; ValueError names the file."""
-    path = Path(folder) / str(name)
+def read_rows(path, fields, made_by):
+    """The rows of a JSONL file: every line whole, every id once, every field there."""
+    rows, number = {}, 0
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":                           # Pillow would clip 16-bit grey to white
-            raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits a channel")
-        if max(image.size) > 200 * min(image.size):         # Qwen2.5-VL refuses such strips
-            raise ValueError("one side is more than 200 times the other")
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            row = json.loads(line)
+            if missing := [name for name in ("id", *fields) if name not in row]:
+                raise ValueError(f"no field {', '.join(missing)}")
+            if row["id"] in rows:
+                raise ValueError(f"the id {row['id']!r} stands there twice")
+            if "<|" in row.get("instruction", "") + str(row.get("principles")):
+                raise ValueError("<| in instruction or principles would be read as a token")
+            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
+                raise ValueError("principles are [{question, category}, ...]")
+            rows[row["id"]] = row
+        if not rows:
+            raise ValueError("the file is empty")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    return [*rows.values()]
+
+
+def open_image(path, row, key, max_pixels=512 * 28 * 28):
+    """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
+    file = Path(path).parent / str(row[key])
+    try:
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "it")
-        raise ValueError(f"{os.path.normpath(path)}: not a readable image ({reason}). "
-                         "Restore the file or remove its row.")
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+                         "Restore the picture or delete the row.")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
+    return image
 
 
-def check_images(path, rows, keys):
-    """Stop at the first image of any row that does not open, before anything is computed."""
-    def fault(row):
-        for key in keys:
-            try:
-                open_image(Path(path).parent, row[key])
-            except ValueError as error:
-                return f"{key}: {error}"
-
-    Image.init()                                # threads must not race to load Pillow's formats
-    with ThreadPoolExecutor() as pool:
-        for number, (row, found) in enumerate(zip(rows, pool.map(fault, rows)), 1):
-            if found:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise SystemExit(f"{path}, line {number} ({row['id']}), {found}")
-
-
-def append_rows(path, rows):
-    """Add rows to a JSONL file, flushed to the disk: a kill loses at most the row in hand."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+def load_vlm(folder, device, dtype):
+    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa")
+        return model.to(device).eval(), Encoder(folder)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
+                         "Give a Hugging Face folder or hub id.")
 
 
 class Encoder:
-    """Chats with PIL images -> left-padded model inputs: an AutoProcessor without torchvision."""
+    """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
-    def __init__(self, folder, max_pixels=None):
+    def __init__(self, folder):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        bound = {"max_pixels": max_pixels} if max_pixels else {}
-        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, **bound)
-        self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids(
-            ["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        self.pad_id = self.tokenizer.pad_token_id
+        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
 
     def __call__(self, chats):
-        pictures = [c["image"] for chat in chats for m in chat if not isinstance(m["content"], str)
-                    for c in m["content"] if c["type"] == "image"]
-        pixels = self.images(images=pictures, return_tensors="pt")
-        n_tokens = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = []
-        for chat in chats:
-            head, *rest = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
-            texts.append(head + "".join("<|image_pad|>" * next(n_tokens) + part for part in rest))
-        encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = encoded["input_ids"]
-        return dict(input_ids=ids, attention_mask=encoded["attention_mask"],
-                    mm_token_type_ids=(ids == self.image_id).int(), **pixels)  # mrope: 1 = image
+        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+                              if part["type"] == "image"], return_tensors="pt")
+        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
+                                                   add_generation_prompt=True)
+        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
+        ids = inputs["input_ids"]                                 # 3-D positions need the types
+        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
+                    mm_token_type_ids=(ids == self.banned[0]).int())
 
 
-def load_vlm(folder, device, dtype, max_pixels=None):
-    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        encode = Encoder(folder, max_pixels)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"{folder} is no model that can be loaded ({str(error).splitlines()[0]}). "
-            "Give a Hugging Face folder or hub id of a Qwen2.5-VL, such as toy/models/vlm.")
-    return model.to(device).eval(), encode
-
-
-def policy_logp(logits, temperature, banned):
-    """Log-probs in fp32; image and video placeholders (no pixels behind them) are never written."""
-    return (logits.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
-
-
-def uniforms(keys, length):
-    """One uniform number per token, from a generator per key: (len(keys), length) in [0, 1).
-
-    Sampling then depends on the key alone, not on the batch, the number of ranks, or a restart.
-    """
-    hashes = [hashlib.sha256(repr(key).encode()).digest()[:8] for key in keys]
-    generators = [torch.Generator().manual_seed(int.from_bytes(h, "little") >> 1) for h in hashes]
-    return torch.stack([torch.rand(length, generator=g) for g in generators])
-
-
-@torch.no_grad()
-def rollout(model, encode, chats, n, u, temperature=1.0):
-    """Sample n continuations per chat; the vision tower and the prompt are computed once per chat.
-
-    u (B*n, T) decides the tokens (inverse CDF); temperature 0 takes the likeliest, u stays unread.
-    -> tokens, logp of each under the policy, keep = up to and with the end token: all (B*n, T).
-    """
-    device = model.device
-    inputs = {k: v.to(device) for k, v in encode(chats).items()}
-    banned = torch.tensor([encode.image_id, encode.video_id], device=device)
-    position, delta = model.model.get_rope_index(
-        **{k: v for k, v in inputs.items() if k != "pixel_values"})
-    out = model(**inputs, position_ids=position, use_cache=True, logits_to_keep=1)  # prefill B rows
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)                              # row b -> rows b*n ... b*n + n-1
-    mask = inputs["attention_mask"]
-    place = (mask.sum(1, keepdim=True) + delta).repeat_interleave(n, 0)   # real length, not padded
-    mask = mask.repeat_interleave(n, 0)
-    u, alive = u.to(device), torch.arange(len(u), device=device)
-    tokens = torch.full(u.shape, encode.pad_id, device=device)
-    logp = torch.zeros(u.shape, device=device)
-    keep = torch.zeros(u.shape, dtype=torch.bool, device=device)
-    for t in range(u.shape[1]):
-        logps = policy_logp(logits, temperature or 1.0, banned)
-        if temperature:
-            cdf = logps.exp().cumsum(-1)
-            token = (cdf <= u[alive, t, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-        else:
-            token = logps.argmax(-1, keepdim=True)
-        tokens[alive, t], keep[alive, t] = token[:, 0], True
-        logp[alive, t] = logps.gather(1, token)[:, 0]
-        going = token[:, 0] != encode.eos_id
-        if not going.any() or t == u.shape[1] - 1:
-            break
-        if not going.all():                                       # finished rows leave the batch
-            rows = going.nonzero()[:, 0]
-            cache.batch_select_indices(rows)
-            alive, token, mask, place = alive[rows], token[rows], mask[rows], place[rows]
-        mask = torch.cat([mask, torch.ones_like(token)], 1)
-        logits = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True,
-                       position_ids=(place + t).expand(3, -1, -1)).logits[:, -1]
-    return tokens, logp, keep
-
-
-def ask(model, encode, chats, keys, max_new, temperature):
-    """One reply per key, all keys of the first chat first (temperature 0 = greedy)."""
-    u = uniforms(keys, max_new)
-    tokens, _, _ = rollout(model, encode, chats, len(keys) // len(chats), u, temperature)
+def ask_model(model, encode, chats, max_new, temperature, seed):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
+    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
+        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
+        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
+        **(draw if temperature else dict(do_sample=False)))
+    torch.manual_seed(seed)
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
+                                         enabled=model.device.type == "cuda"):
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
+    tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-
-def parse_config(config_class, toy, argv=None, prog=None):
-    """Every field of the dataclass is a --flag: its default gives the type, its comment the help.
-
-    A tuple field, like `pool: tuple[str, ...] = ()`, takes one or more values separated by spaces.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*# *(.+)$", inspect.getsource(config_class), re.M))
-    parser = argparse.ArgumentParser(
-        prog, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    if toy:
-        parser.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {toy}")
-    for f in fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if isinstance(f.default, tuple):
-            kind = {"type": f.type.__args__[0], "nargs": "+"}
-        note = notes[f.name].replace("%", "%%") + " [%(default)s]"
-        parser.add_argument("--" + f.name, default=f.default, help=note, **kind)
-    if "--toy" in argv:
-        parser.set_defaults(**toy)
-    flags = vars(parser.parse_args(argv))
-    flags.pop("toy", None)
-    return config_class(**flags)
-
-
-def check_start(config, *required):
-    """The required flags are given, and no earlier run is overwritten or continued by accident."""
-    for name in required:
-        if not getattr(config, name):
-            script = Path(sys.argv[0]).name
-            raise SystemExit(f"--{name} is missing. {script} --help explains every flag.")
-    metrics, before = Path(config.out, "metrics.jsonl"), Path(config.out, "config.json")
-    if not config.resume and metrics.exists() and metrics.stat().st_size:
-        raise SystemExit(f"{config.out} holds an earlier run. "
-                         "Pass --resume to go on with it, or another --out.")
-    if config.resume and before.exists():
-        for name, value in json.loads(before.read_text()).items():
-            if name not in FREE and getattr(config, name, value) != value:
-                raise SystemExit(f"{config.out} was begun with --{name} {value}, now it is "
-                                 f"{getattr(config, name)}. Give the same, or another --out.")
 
 
 def batch_rows(n, size, seed, step):
     """The row numbers of one step: every epoch is its own permutation, cut into whole batches."""
     epoch, place = divmod(step, n // size)
-    order = uniforms([("order", seed, epoch)], n)[0].argsort()
+    order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[place * size:(place + 1) * size].tolist()
 
 
 def autocast(device):
-    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay fp32."""
+    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay as they are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def shard(model, method):
-    """FSDP2 over all ranks: whole layers exist only while they compute. -> `method`, which may use
-    the outermost weights as well."""
-    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    how = dict(mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32))
-    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
-        fully_shard(layer, **how)
-    fully_shard(model, **how)
-    for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
-        unit.set_gradient_divide_factor(1.0)            # sums: the loss carries the global 1/n
-        unit.set_force_sum_reduction_for_comms(True)
-    model.sharded_method = method
-    register_fsdp_forward_method(model, "sharded_method")
-    return model.sharded_method
-
-
-@contextmanager
-def gathered(model):
-    """Every rank holds all layers of a sharded model for a while, so that none waits for others."""
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
-        unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
-    yield
-    for unit in units:
-        unit.reshard()
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
-
-
 def setup():
-    """Join the process group torchrun announced, or run alone; return rank, world size, device."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+    """Join the process group that torchrun announced, or run alone: rank, world size, device."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1:                                       # rank 0 alone saves large files: an hour
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))       # rank 0 alone writes large files
+                                timeout=timedelta(hours=1))
     return rank, world, device
 
 
 def gather_rows(rows):
     """The lists of all ranks, joined in rank order, on every rank."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
-def sync_gradients(params):
-    """Sum the gradients over all ranks (the loss carries the global 1/n); none counts as zeros."""
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if dist.is_initialized() and not isinstance(p, DTensor):    # FSDP2 has summed those itself
-            dist.all_reduce(p.grad)
-
-
-def finish():
-    """Leave the process group; several ranks end here: gloo threads can die in Python's exit."""
+    parts = [rows]
     if dist.is_initialized():
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+    return sum(parts, [])
 
 
-def catch_stop():
-    """A list that fills on SIGTERM or SIGINT: the loop then saves its state and leaves."""
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
-    return stop
+def shard(model):
+    """FSDP2: a rank keeps its part of weights and moments, and whole layers from a forward to the
+    next backward: ranks that sample need not wait for each other."""
+    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in [*model.model.language_model.layers, *model.model.visual.blocks, model]:
+        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
+        module.set_gradient_divide_factor(1.0)          # sums: the loss carries the global 1/n
+        module.set_force_sum_reduction_for_comms(True)
 
 
-def whole(tensor):
-    """A tensor that is spread over the ranks, put together on each of them; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
+                         strict=False)                  # one file, whatever the number of ranks
 
 
-def save_state(out, step, params, optimizer, rank):
-    """All that a resumed run needs, in one file: step, trained parameters, Adam's moments."""
-    tensors = {}
-    for i, p in enumerate(params):
-        for name, value in dict(param=p.detach(), **optimizer.state[p]).items():
-            value = whole(value)                                    # a sharded one: on every rank
-            if rank == 0:
-                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+def start_run(args, model, optimizer, rank):
+    """Begin a run in --out, or go on with its last state: the step to begin with."""
+    out, metrics, step = Path(args.out), Path(args.out, "metrics.jsonl"), 0
+    if metrics.exists() and not args.resume:
+        raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
+    if args.resume and Path(out, "state.pt").exists():
+        saved = torch.load(Path(out, "state.pt"), weights_only=True, mmap=True)
+        set_state_dict(model, optimizer, model_state_dict=saved["model"],
+                       optim_state_dict=saved["optimizer"], options=STATE)
+        step = saved["step"]
+    rows = metrics.read_text().splitlines(True) if metrics.exists() else []
+    gather_rows([])                                     # all have read before rank 0 writes
     if rank == 0:
-        save_file(tensors, f"{out}/state.tmp", metadata={"step": str(step)})
-        os.replace(f"{out}/state.tmp", f"{out}/state.safetensors")
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        Path(out, "config.json").write_text(json.dumps(vars(args), indent=1))
+        metrics.write_text("".join(row for row in rows if row.endswith("\n")
+                                   and json.loads(row)["step"] < step))
+    args.begun, args.first = time.time(), step
+    return step
 
 
-def load_state(out, params, optimizer):
-    """Put the saved parameters and moments back; return the step to go on with (0: no state)."""
-    path = Path(out) / "state.safetensors"
-    if not path.exists():
-        return 0
-    for key, value in load_file(path).items():
-        index, name = key.split(".")
-        p = params[int(index)]
-        if name != "step":
-            value = value.to(p.device)
-            if isinstance(p, DTensor):
-                value = distribute_tensor(value, p.device_mesh, p.placements)
-        if name == "param":
-            p.data.copy_(value)
-        else:
-            optimizer.state[p][name] = value
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
+def save_state(out, step, model, optimizer, rank):
+    """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
+    weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
+    if rank == 0:
+        torch.save(dict(step=step, model=weights, optimizer=moments), f"{out}/state.tmp")
+        os.replace(f"{out}/state.tmp", f"{out}/state.pt")
 
 
 def save_model(model, encode, folder, rank):
     """A Hugging Face folder, written beside and renamed; fp32: bf16 rounds small updates away."""
-    state = {}
-    for name, value in model.named_parameters():        # a tied weight once
-        value = whole(value.detach())
-        if rank == 0:
-            state[name] = value.cpu()
+    state = get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True))                  # every rank takes part
     if rank == 0:
+        state = {name: state[name] for name, _ in model.named_parameters()}   # a tied weight once
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         model.save_pretrained(f"{folder}.tmp", state_dict=state)
         encode.tokenizer.save_pretrained(f"{folder}.tmp")
@@ -725,43 +452,24 @@ def save_model(model, encode, folder, rank):
         os.replace(f"{folder}.tmp", folder)
 
 
-def open_log(out, step, config):
-    """Make the output folder, write config.json, drop the metrics of steps that will run again."""
-    Path(out, "samples").mkdir(parents=True, exist_ok=True)
-    Path(out, "config.json.tmp").write_text(json.dumps(asdict(config), indent=1))
-    os.replace(Path(out, "config.json.tmp"), Path(out, "config.json"))
-    path = Path(out, "metrics.jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(row + "\n" for row in rows))
+def log_step(args, step, metrics):
+    """One line on the screen, one row in metrics.jsonl (null: no number)."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    eta = (time.time() - args.begun) / max(1, step - args.first) * (args.steps - step) / 60
+    print(f"step {step:4d}/{args.steps} | {' | '.join(f'{k} {v:.3g}' for k, v in metrics.items())}"
+          f" | eta {eta:.1f} min", flush=True)
+    row = dict(step=step) | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    with open(f"{args.out}/metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def log_step(out, step, steps, begun, first, metrics):
-    """One line on the screen, one row in metrics.jsonl; `begun` is when step `first` began."""
-    seconds = (time.time() - begun) / (step - first)
-    text = " | ".join(f"{k} {v:.3g}" for k, v in metrics.items())
-    print(f"step {step:4d}/{steps} | {text} | {seconds:.1f}s/step | "
-          f"eta {seconds * (steps - step) / 60:.1f} min", flush=True)
-    append_rows(Path(out, "metrics.jsonl"), [dict(step=step, **metrics)])
-
-
-def edit_sheet(path, rows, size=160):
-    """A picture of rows (instruction, source, [(edit, caption, wins: bool | None), ...])."""
-    font, pad, text = ImageFont.load_default(12), 8, 50
-    columns = 1 + max(len(edits) for _, _, edits in rows)
-    width, height = columns * (size + pad) + pad, len(rows) * (size + text + pad) + pad
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (instruction, source, edits) in enumerate(rows):
-        for j, (image, caption, wins) in enumerate([(source, instruction, None)] + edits):
-            x, y = pad + j * (size + pad), pad + i * (size + text + pad)
-            how = Image.NEAREST if image.width < size else Image.BICUBIC
-            sheet.paste(image.resize((size, size), how), (x, y))
-            draw.rectangle([x - 2, y - 2, x + size + 1, y + size + 1], width=3,
-                           outline={None: "#888888", True: "#1a9850", False: "#d73027"}[wins])
-            lines = [s for line in caption.split("\n") for s in textwrap.wrap(line, size // 7)][:3]
-            draw.multiline_text((x, y + size + 4), "\n".join(lines), "black", font)
-    sheet.save(path)
+def finish():
+    """End all ranks without Python's own exit, in which gloo's threads can die."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""How fast is a GCPO step, beside the plain way and beside its matrix products alone?
+"""How fast is GCPO, beside the plain way and its matrix products alone, and Flow-GRPO beside its transformer calls?
 
     python tests/benchmark.py             # on a CPU or a GPU; the last line is one JSON object
 
-One pair, two images of 256 tokens each, prompts of about 600 tokens, N traces of 150 tokens, on a randomly initialised
-Qwen2.5-VL; in one run, on the same model, prompts and sampled tokens:
+One pair, two images of 256 tokens each, prompts of some 600 tokens, N verdicts of 150 tokens, on a random Qwen2.5-VL; the ways
+take turns on the same model, prompts and sampled tokens, and the medians of five turns are compared:
 
-    ours    train_gcpo.py: `rollout` (one prefill per image, then N rows) and `packed_logps` (one row per image)
-    plain   `model.generate(num_return_sequences=N)`, then N whole rows [prompt | trace] per image in the update
+    ours    train_gcpo.py: `rollout` and `verdict_logps`, which compute a prompt once for its N verdicts
+    plain   `model.generate(num_return_sequences=N)`, then N whole rows [prompt | verdict] per image in the update
     floor   the matrix products and attentions of ours, recorded once and computed again with nothing around them
 
     gcpo_speedup_n8, _n16   plain / ours, seconds of a whole step (rollout, advantages, forward, backward)
     gcpo_over_floor         ours / floor at N = 8
     gcpo_memory_ratio       ours / plain at N = 8: bytes that the update keeps for its backward pass
+    flow_over_floor         an iteration of the toy's Flow-GRPO without its verdicts / the same transformer calls alone
+    evaluations_per_image   forwards and backwards of the transformer in it, per edit
 
 Sampled log-probs, policy log-probs and gradients of both ways are compared first.
 """
@@ -19,6 +21,8 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -26,100 +30,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import train_gcpo as G      # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import train_flow_grpo as F     # noqa: E402
+import train_gcpo as G          # noqa: E402
+import world                    # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRACE = 150
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.convolution,
-            torch.ops.aten.convolution_backward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-            torch.ops.aten._scaled_dot_product_fused_attention_overrideable, torch.ops.aten._scaled_dot_product_efficient_attention,
-            torch.ops.aten._scaled_dot_product_efficient_attention_backward, torch.ops.aten._scaled_dot_product_flash_attention,
-            torch.ops.aten._scaled_dot_product_flash_attention_backward}
-
-
-def build(width=256, layers=6, depth=4):
-    """(random model, Encoder, two chats): the toy's tokenizer, images of 256 x 256 = 256 tokens."""
-    folder = ROOT / "toy" / "models" / "vlm"
-    config = AutoConfig.from_pretrained(folder)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, 3 * width, layers
-    text.num_attention_heads, text.num_key_value_heads, text.layer_types = 8, 2, ["full_attention"] * layers
-    vision.hidden_size, vision.intermediate_size, vision.depth, vision.out_hidden_size = width // 2, 3 * width // 2, depth, width
-    config.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32).to(DEVICE).eval()
-    encode = G.Encoder(folder, max_pixels=256 * 256)
-    picture = (torch.rand(256, 256, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
-    principles = [dict(question=f"Is there a red circle at the top left of place {i}?", category="follow") for i in range(8)]
-    chats = [G.verdict_chat(Image.fromarray(picture), Image.fromarray(255 - picture if k else picture.copy()),
-                            "change the red circle to blue", principles) for k in range(2)]
-    encode.eos_id = -1                                                   # every trace has its full length
-    return model, encode, chats
-
-
-# ---------------------------------------------------------------- the two ways
-
-def our_rollout(model, encode, chats, n, u):
-    G.pack_attention(model)
-    return G.rollout(model, encode, chats, n, u)
-
-
-def our_update(model, encode, chats, tokens, keep, old_logp, advantage):
-    G.pack_attention(model)
-    n, found = len(tokens) // len(chats), []
-    for i, chat in enumerate(chats):
-        rows = slice(i * n, (i + 1) * n)
-        logp = G.packed_logps(model, encode, [chat], tokens[rows], keep[rows])
-        G.clipped_loss(logp, old_logp[rows], advantage[rows], keep[rows], 0.2).backward()
-        found.append(logp.detach())
-    return torch.cat(found)
-
-
-def plain_rollout(model, encode, chats, n, tokens):
-    """generate() with N rows per chat; the sampler is bent to `tokens`, whose log-probs it returns."""
-    model.model.language_model.config._attn_implementation, found = "sdpa", []
-    inputs = {k: v.to(DEVICE) for k, v in encode(chats).items()}
-    banned = torch.tensor([encode.image_id, encode.video_id], device=DEVICE)
-
-    def bend(ids, scores):
-        token = tokens[:, ids.shape[1] - inputs["input_ids"].shape[1], None]
-        found.append(G.policy_logp(scores, 1.0, banned).gather(1, token))
-        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
-
-    model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE, eos_token_id=None,
-                   pad_token_id=encode.pad_id, logits_processor=[bend])
-    return torch.cat(found, 1)
-
-
-def plain_logps(model, encode, chat, tokens):
-    """log π of N traces (N, T) on N copies of prompt and pictures, as a trainer without sharing does it."""
-    inputs = {k: v.to(DEVICE) for k, v in encode([chat] * len(tokens)).items()}
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == encode.image_id).int()
-    logits = model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
-    banned = torch.tensor([encode.image_id, encode.video_id], device=DEVICE)
-    return G.policy_logp(logits, 1.0, banned).gather(2, tokens[:, :, None])[:, :, 0]
-
-
-def plain_update(model, encode, chats, tokens, keep, old_logp, advantage):
-    model.model.language_model.config._attn_implementation = "sdpa"
-    n, found = len(tokens) // len(chats), []
-    for i, chat in enumerate(chats):
-        rows = slice(i * n, (i + 1) * n)
-        logp = plain_logps(model, encode, chat, tokens[rows])
-        G.clipped_loss(logp, old_logp[rows], advantage[rows], keep[rows], 0.2).backward()
-        found.append(logp.detach())
-    return torch.cat(found)
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward,
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+            aten._scaled_dot_product_fused_attention_overrideable,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_efficient_attention_backward,
+            aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward}
 
 
 # ---------------------------------------------------------------- measuring
 
 class Recorder(TorchDispatchMode):
-    """Notes every matrix product, convolution and attention with the shapes of its arguments."""
+    """Notes every matrix product, convolution and attention with its arguments."""
 
     def __init__(self):
         super().__init__()
@@ -130,19 +61,26 @@ class Recorder(TorchDispatchMode):
             self.calls.append((function, args, kwargs or {}))       # keeps the arguments alive
         return function(*args, **(kwargs or {}))
 
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
 
-def seconds(work, repeats=3):
-    """The fastest of a few runs."""
-    best = float("inf")
-    for _ in range(repeats):
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        work()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
-    return best
+
+def seconds(work):
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def in_turns(turns=5, **works):
+    """{name: median seconds}: the works take turns, so that a busy machine slows all of them."""
+    times = [{name: seconds(work) for name, work in works.items()} for _ in range(turns + 1)][1:]
+    return {name: median(turn[name] for turn in times) for name in works}
 
 
 def kept_bytes(work):
@@ -161,50 +99,152 @@ def kept_bytes(work):
     return most
 
 
-def measure(model, encode, chats, n):
-    u = G.uniforms(range(2 * n), TRACE)
-    tokens, old_logp, keep = our_rollout(model, encode, chats, n, u)
-    advantage = torch.randn(2 * n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    batch = chats, tokens, keep, old_logp, advantage
-    gradients = []
-    for update in (our_update, plain_update):
+# ---------------------------------------------------------------- GCPO
+
+def build_gcpo(width=256, layers=6, depth=4):
+    """(random model, Encoder, two chats): the toy's tokenizer, images of 256 x 256 = 256 tokens."""
+    folder = ROOT / "toy" / "models" / "vlm"
+    config = AutoConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, 3 * width, layers
+    text.num_attention_heads, text.num_key_value_heads, text.layer_types = 8, 2, ["full_attention"] * layers
+    text.rope_parameters["mrope_section"] = [4, 6, 6]
+    vision.hidden_size, vision.intermediate_size = width // 2, 3 * width // 2
+    vision.depth, vision.out_hidden_size = depth, width
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32).to(DEVICE).eval()
+    encode = G.Encoder(folder)
+    encode.images.size = dict(shortest_edge=256 * 256, longest_edge=256 * 256)
+    encode.ends = [-1]                                               # every verdict has its full length
+    picture = (torch.rand(256, 256, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    principles = [dict(question=f"Is there a red circle at the top left of place {i}?", category="follow")
+                  for i in range(8)]
+    chats = [G.verdict_chat(Image.fromarray(picture), Image.fromarray(edit), "change the red circle to blue", principles)
+             for edit in (picture.copy(), 255 - picture)]
+    return model, encode, chats
+
+
+def plain_rollout(model, encode, chats, n, tokens):
+    """generate() with N rows per chat; the sampler is bent to `tokens`, whose log-probs it returns."""
+    inputs, found = {k: v.to(DEVICE) for k, v in encode(chats).items()}, []
+    banned = torch.tensor(encode.banned, device=DEVICE)
+
+    def bend(ids, scores):
+        token = tokens[:, ids.shape[1] - inputs["input_ids"].shape[1], None]
+        found.append(G.policy_logp(scores, banned).gather(1, token))
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+    model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE,
+                   eos_token_id=None, pad_token_id=encode.pad_id, logits_processor=[bend])
+    return torch.cat(found, 1)
+
+
+def plain_logps(model, encode, chats, tokens, keep):
+    """log π of N verdicts (N, T) on N copies of prompt and pictures: a trainer without sharing."""
+    inputs = {k: v.to(DEVICE) for k, v in encode(chats * len(tokens)).items()}
+    ids = inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    inputs |= dict(attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == encode.banned[0]).int())
+    logits = model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+    banned = torch.tensor(encode.banned, device=DEVICE)
+    return G.policy_logp(logits, banned).gather(2, tokens[:, :, None])[:, :, 0]
+
+
+def update(logps, model, encode, chats, tokens, keep, old_logp, advantage):
+    """Loss and gradient, one image after the other (--micro 1); the log-probs."""
+    n, found = len(tokens) // len(chats), []
+    for chat, *rows in zip(chats, *(x.split(n) for x in (tokens, keep, old_logp, advantage))):
+        logp = logps(model, encode, [chat], rows[0], rows[1])
+        G.clipped_loss(logp, rows[2], rows[3], rows[1], 0.2).backward()
+        found.append(logp.detach())
+    return torch.cat(found)
+
+
+def compare(model, encode, batch, generated):
+    """Prints how far log-probs and gradients of the two ways are apart."""
+    logp, grads = [], []
+    for logps in (G.verdict_logps, plain_logps):
+        logp.append(update(logps, model, encode, *batch))
+        grads.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
-        logp = update(model, encode, *batch)
-        gradients.append((logp, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}))
-    model.zero_grad()
-    (logp, ours), (plain_logp, plain) = gradients
-    apart = max(((ours[k] - plain[k]).norm() / plain[k].norm().clamp(min=1e-12)).item() for k in plain)
-    generated = plain_rollout(model, encode, chats, n, tokens)
-    print(f"N = {n}: prompt {encode(chats)['input_ids'].shape[1]} tokens, traces {keep.sum(1).float().mean():.0f} | furthest apart: "
-          f"log-probs {(logp - plain_logp).abs().max():.1e}, generate's {(generated - old_logp).abs().max():.1e}, "
+    apart = max((ours - plain).norm() / plain.norm().clamp(min=1e-12) for ours, plain in zip(
+        grads[0].values(), grads[1].values(), strict=True))
+    print(f"prompt {encode(batch[0])['input_ids'].shape[1]} tokens, verdicts {batch[1].shape[1]} | furthest apart: "
+          f"log-probs {(logp[0] - logp[1]).abs().max():.1e}, generate's {(generated - batch[3]).abs().max():.1e}, "
           f"gradient of a tensor {apart:.1e} (relative)")
 
-    both = {}
-    for name, rollout, update in (("ours", lambda: our_rollout(model, encode, chats, n, u), our_update),
-                                  ("plain", lambda: plain_rollout(model, encode, chats, n, tokens), plain_update)):
-        both[name] = seconds(rollout), seconds(lambda: update(model, encode, *batch))
-        model.zero_grad()
-        print(f"    {name:6s} rollout {both[name][0]:6.2f} s   update {both[name][1]:6.2f} s   step {sum(both[name]):6.2f} s")
+
+def measure_gcpo(model, encode, chats, n):
+    u = G.uniforms([("benchmark", k) for k in range(2 * n)], TRACE)
+    tokens, old_logp, keep = G.rollout(model, encode, chats, n, u)
+    advantage = torch.randn(2 * n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    batch = chats, tokens, keep, old_logp, advantage
+    print(f"N = {n}:", end=" ")
+    compare(model, encode, batch, plain_rollout(model, encode, chats, n, tokens))
+    ours = [lambda: G.rollout(model, encode, chats, n, u), lambda: update(G.verdict_logps, model, encode, *batch)]
+    plain = [lambda: plain_rollout(model, encode, chats, n, tokens),
+             lambda: update(plain_logps, model, encode, *batch)]
     with Recorder() as recorder:
-        our_rollout(model, encode, chats, n, u)
-        our_update(model, encode, *batch)
+        ours[0](), ours[1]()
+    took = in_turns(rollout=ours[0], update=ours[1], plain_rollout=plain[0], plain_update=plain[1],
+                    floor=recorder.replay)
+    step, plain_step = took["rollout"] + took["update"], took["plain_rollout"] + took["plain_update"]
+    memory = [kept_bytes(way[1]) for way in (ours, plain)]
     model.zero_grad()
-    with torch.no_grad():
-        floor = seconds(lambda: [function(*args, **kwargs) for function, args, kwargs in recorder.calls])
-    print(f"    floor  {len(recorder.calls)} products {floor:6.2f} s")
-    memory = [kept_bytes(lambda: update(model, encode, *batch)) / 2**20 for update in (our_update, plain_update)]
-    model.zero_grad()
-    print(f"    kept for the backward pass of one image: {memory[0]:.0f} MiB, plain {memory[1]:.0f} MiB")
-    return sum(both["plain"]) / sum(both["ours"]), sum(both["ours"]) / floor, memory[0] / memory[1]
+    print("    " + ", ".join(f"{name} {value:.2f} s" for name, value in took.items())
+          + f" ({len(recorder.calls)} products) | kept for the backward pass of one image: "
+          + ", plain ".join(f"{value / 2**20:.0f} MiB" for value in memory))
+    return plain_step / step, step / took["floor"], memory[0] / memory[1]
+
+
+# ---------------------------------------------------------------- Flow-GRPO
+
+def measure_flow(prompts=16, group=12):
+    """One iteration without its verdicts (rollout, decoding, update) over its transformer calls alone."""
+    args = SimpleNamespace(prompts="", seed=0, size=32, group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
+                           sde_window=2, batch=192, micro=192, updates=4, clip_eps=1e-3, beta=0.2)
+    pipe = F.load_editor(ROOT / "toy" / "models" / "editor", DEVICE)
+    params = F.add_lora(pipe.transformer, F.LORA_LAYERS, 16)
+    optimizer = torch.optim.AdamW(params, lr=0.0)
+    rows = [dict(id=i, instruction=instruction, picture=world.to_pil(world.render([scene])[0]))
+            for i, (scene, instruction, _) in enumerate(world.edits_of("rl", prompts))]
+    sigmas = F.noise_levels(pipe, 16, args.num_steps).to(DEVICE)
+    advantages = torch.randn(prompts, group, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def iteration():
+        cond = F.encode_prompts(pipe, rows, DEVICE)
+        _, path = F.rollout_edits(pipe, rows, cond, sigmas, 0, args)
+        F.update(pipe, params, optimizer, cond, path, advantages, args)
+
+    def floor():
+        for kwargs, grad in calls:
+            with torch.set_grad_enabled(grad), F.autocast(DEVICE):
+                out = pipe.transformer(**kwargs)[0]
+            if grad:
+                out.float().sum().backward()
+        optimizer.zero_grad()
+
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, _, kwargs: calls.append((kwargs, torch.is_grad_enabled())), with_kwargs=True)
+    iteration()
+    hook.remove()
+    took = in_turns(iteration=iteration, floor=floor)
+    evaluations = sum(len(kwargs["hidden_states"]) * (1 + grad) for kwargs, grad in calls) / (prompts * group)
+    print(f"Flow-GRPO: {took['iteration']:.2f} s an iteration of {prompts * group} edits, floor {took['floor']:.2f} s")
+    return took["iteration"] / took["floor"], evaluations
 
 
 def main():
-    model, encode, chats = build()
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {DEVICE.type}, {torch.get_num_threads()} thread(s)")
-    speed8, over_floor, memory = measure(model, encode, chats, 8)
-    speed16, _, _ = measure(model, encode, chats, 16)
-    print(json.dumps(dict(gcpo_speedup_n8=round(speed8, 2), gcpo_speedup_n16=round(speed16, 2),
-                          gcpo_over_floor=round(over_floor, 2), gcpo_memory_ratio=round(memory, 3))))
+    model, encode, chats = build_gcpo()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {DEVICE.type}, "
+          f"{torch.get_num_threads()} thread(s)")
+    speed8, over_floor, memory = measure_gcpo(model, encode, chats, 8)
+    speed16, over_floor16, _ = measure_gcpo(model, encode, chats, 16)
+    found = dict(gcpo_speedup_n8=speed8, gcpo_speedup_n16=speed16, gcpo_over_floor=over_floor,
+                 gcpo_over_floor_n16=over_floor16, gcpo_memory_ratio=memory)
+    found |= dict(zip(("flow_over_floor", "evaluations_per_image"), measure_flow()))
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 
 
 if __name__ == "__main__":

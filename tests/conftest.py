@@ -1,4 +1,4 @@
-"""A random tiny Qwen2.5-VL and a few rows of the toy world, made once for all tests; and a way to run a script."""
+"""Random tiny VLMs and a few rows of the toy world, made once for all tests; and ways to run a script."""
 import importlib
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2VLImageProcessorPil)
+                          Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
@@ -24,38 +24,51 @@ CHAT_TEMPLATE = (
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|image_pad|>", "<|video_pad|>"]
 
 
-def build_vlm(folder, hidden=64, layers=2, seed=0, phrases=()):
-    """A random Qwen2.5-VL on bytes, 8-pixel patches, 4 tokens a 32x32 picture; each phrase is one more token."""
+def byte_tokenizer(phrases):
+    """Bytes, Qwen's special tokens, and one more token for each phrase."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     core.add_tokens([AddedToken(s, special=False, normalized=False) for s in phrases])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        padding_side="left", model_max_length=32768)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
+        model_max_length=32768)
     tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_vlm(folder, hidden=64, layers=2, seed=0, phrases=(), qwen3=False):
+    """Folder of a random Qwen2.5-VL or Qwen3-VL; a toy picture is 4 tokens, each phrase one."""
+    tokenizer = byte_tokenizer(phrases)
     ids = tokenizer.convert_tokens_to_ids
     shape = dict(hidden_size=hidden, intermediate_size=3 * hidden, initializer_range=hidden ** -0.5)
-    side = hidden // 8 * 3 // 8
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            **shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=32768, tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"),
-            eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[hidden // 8 - 2 * side, side, side])),
-        vision_config=dict(
-            **shape, depth=2, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2,
-            out_hidden_size=hidden, fullatt_block_indexes=[0, 1], window_size=64),
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True)
+    side, patch = hidden // 8 * 3 // 8, 16 if qwen3 else 8
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[hidden // 8 - 2 * side, side, side])
+    text = dict(
+        **shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=32768, rope_parameters=rope,
+        tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"),
+        pad_token_id=ids("<|endoftext|>"))
+    vision = dict(**shape, depth=2, num_heads=4, patch_size=patch, spatial_merge_size=2,
+                  temporal_patch_size=2, out_hidden_size=hidden)
+    vision |= (dict(num_position_embeddings=16, deepstack_visual_indexes=[0]) if qwen3 else
+               dict(fullatt_block_indexes=[0, 1], window_size=64))
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    images = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2,
-                                      size=dict(shortest_edge=32 * 32, longest_edge=32 * 32))
+    config, family = ((Qwen3VLConfig, Qwen3VLForConditionalGeneration) if qwen3 else
+                      (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration))
+    model = family(config(
+        text_config=text, vision_config=vision, image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"), vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True))
+    pixels = (4 * patch) ** 2                  # Qwen3-VL's processor makes toy pictures 64x64
+    images = Qwen2VLImageProcessorPil(patch_size=patch, temporal_patch_size=2, merge_size=2,
+                                      size=dict(shortest_edge=pixels, longest_edge=pixels))
     for part in (model, tokenizer, images):
         part.save_pretrained(folder)
     return str(folder)
@@ -72,9 +85,9 @@ def read_rows(path):
 
 def run_script(name, *flags, ranks=1, check=True, **more):
     """`python name flags` or the same under torchrun; the finished process with its output as text."""
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                  f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*launch, str(ROOT / name), *map(str, flags)], text=True, stdout=subprocess.PIPE,
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *torchrun * (ranks > 1), ROOT / name, *flags]
+    done = subprocess.run([*map(str, command)], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, **more)
     assert not check or done.returncode == 0, done.stdout[-4000:]
     return done
@@ -87,24 +100,34 @@ def say_verdict(verdict, score):
     return f'Seen.\n{items}\n{{"average_score": {average:.2f}}}\n<score>{score}</score>'
 
 
-@pytest.fixture(scope="session")
-def vlm(tmp_path_factory):
-    """Folder of a random VLM to which every fixed line of the prompt is one token, and so are 64 whole verdicts.
+def phrases():
+    """Every fixed line of the verdict's prompt, and 16 whole verdicts on two questions.
 
-    A verdict on two questions is thus one token among some 350: a random model writes readable ones by chance,
-    reinforcement can act on them, and verdicts have very different lengths.
+    A verdict is thus one token among 291: a random model writes readable ones by chance, reinforcement
+    can act on them, and verdicts have very different lengths.
     """
     rules = importlib.import_module("train_gcpo").VERDICT_RULES
-    verdicts = [say_verdict([i % 2, i // 2 % 2], i % 16 * 0.625) for i in range(64)]
-    folder = tmp_path_factory.mktemp("models") / "vlm"
-    words = ["Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n", "- (follow) ", "- (keep) ",
-             "- (quality) ", "Are all other places empty?", "Is the picture clean?", "change the ", "background"]
-    return build_vlm(folder, phrases=[rules, *words, *verdicts])
+    words = ["Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n", "- (follow) ",
+             "- (keep) ", "- (quality) ", "Are all other places empty?", "Is the picture clean?",
+             "change the ", "background"]
+    return [rules, *words, *(say_verdict([i % 2, i // 2 % 2], i % 16 * 0.625) for i in range(16))]
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """Folder of a random Qwen2.5-VL with `phrases` as tokens."""
+    return build_vlm(tmp_path_factory.mktemp("models") / "vlm", phrases=phrases())
+
+
+@pytest.fixture(scope="session")
+def vlm3(tmp_path_factory):
+    """The same as a Qwen3-VL."""
+    return build_vlm(tmp_path_factory.mktemp("models") / "vlm3", phrases=phrases(), qwen3=True)
 
 
 @pytest.fixture(scope="session")
 def toy_rows(tmp_path_factory):
-    """(folder, rows): 24 toy edits with source, a right and a wrong edit on disk, and two principles each."""
+    """(folder, rows): 24 toy edits with source, a right and a wrong edit, and two principles each."""
     import random
     import world
     folder, rng, rows = tmp_path_factory.mktemp("rows"), random.Random(0), []
@@ -114,8 +137,9 @@ def toy_rows(tmp_path_factory):
         wrong = [(target[0] + 1) % 4, *scene[1:]]
         for name, shown in (("source", scene), ("right", target), ("wrong", wrong)):
             world.to_pil(world.render([shown])[0]).save(folder / f"{i}_{name}.png")
-        rows.append(dict(id=f"row{i}", source=f"{i}_source.png", right=f"{i}_right.png", wrong=f"{i}_wrong.png",
-                         instruction=instruction, principles=world.principles(scene, target)[-2:]))
+        rows.append(dict(id=f"row{i}", source=f"{i}_source.png", right=f"{i}_right.png",
+                         wrong=f"{i}_wrong.png", instruction=instruction,
+                         principles=world.principles(scene, target)[-2:]))
     return folder, rows
 
 
@@ -124,35 +148,31 @@ def pairs(toy_rows):
     """preferences.jsonl of the toy rows."""
     folder, rows = toy_rows
     keys = ("id", "source", "instruction", "principles")
-    return write_rows(folder / "preferences.jsonl",
-                      [{k: r[k] for k in keys} | dict(chosen=r["right"], rejected=r["wrong"]) for r in rows])
+    return write_rows(folder / "preferences.jsonl", [
+        {k: r[k] for k in keys} | dict(chosen=r["right"], rejected=r["wrong"]) for r in rows])
 
 
 @pytest.fixture(scope="session")
 def sft(toy_rows):
-    """sft.jsonl of the toy rows: the right edit and the wrong one, with a verdict each that a teacher could have written."""
+    """sft.jsonl of the toy rows: the right edit and the wrong one, each with a teacher's verdict."""
     folder, rows = toy_rows
     keys = ("source", "instruction", "principles")
     return write_rows(folder / "sft.jsonl", [
-        {k: r[k] for k in keys} | dict(id=f"{r['id']}/{name}/0", edit=r[name], gold=gold, text=say_verdict(gold, score))
+        {k: r[k] for k in keys} | dict(id=f"{r['id']}/{name}/0", edit=r[name], gold=gold,
+                                       text=say_verdict(gold, score))
         for r in rows for name, gold, score in (("right", [1, 1], 8.75), ("wrong", [0, 1], 3.125))])
 
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """Run a script's main() in this process with these flags; returns what it printed."""
-    import signal
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
     def run(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         capsys.readouterr()
         module.main()
         return capsys.readouterr().out
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def weight_difference(folder_a, folder_b):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for folder in (".", "toy", "data", "related") for path in (ROOT / folder).glob("*.py"))
-OWN = {"main", "Config"}                     # meant to differ from stage to stage
+OWN = {"main", "parse_args"}                 # meant to differ from stage to stage
 TEXTS = {path: path.read_text(encoding="utf-8") for path in SCRIPTS}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 

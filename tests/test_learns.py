@@ -1,7 +1,7 @@
-"""It learns: the cold start, GCPO and Flow-GRPO, cut short, move what the paper moves, and the intervals leave out zero.
+"""It learns: cold start, GCPO and Flow-GRPO, cut short, move what the paper moves, intervals above 0.
 
-From true principles and few rows; toy/run.sh has all six stages in full. "It learns" is judged by the toy's oracle, which no
-script knows.
+From true principles and few rows; toy/run.sh has all six stages in full. "It learns" is judged by
+the toy's oracle, which no stage knows.
 """
 import json
 import os
@@ -14,6 +14,7 @@ from conftest import ROOT, run_script
 
 MODELS = ROOT / "toy" / "models"
 EDITORS = ["--editors", MODELS / "editor", MODELS / "editor_weak"]
+TEACHER = ["--pool", MODELS / "teacher", "--inspector", MODELS / "teacher"]
 TWO_THREADS = dict(env=os.environ | {"OMP_NUM_THREADS": "2"})
 
 
@@ -35,70 +36,69 @@ def principles_of(folder, split, n):
     return folder / split / "principles.jsonl"
 
 
-def pairs_of(out, split, n):
-    """preferences.jsonl: the editors' own edits of a split, labelled as people would."""
+def edits_of(out, split, n, *judges):
+    """Stage 2 on n prompts: the editors' own edits; with judges also the cold-start data."""
     rows = principles_of(out, split, n)
-    run_script("build_sft.py", "--toy", "--principles", rows, *EDITORS, "--out", out / split)
+    run_script("build_sft.py", "--toy", "--principles", rows, *EDITORS, *judges, "--out", out / split)
+    if judges:
+        return out / split / "sft.jsonl"
     world.prefer(out / split / "candidates.jsonl", out / split / "preferences.jsonl")
     return out / split / "preferences.jsonl"
 
 
 def gains(out, kind, **files):
-    """Metrics of scores.jsonl files, and the paired gains from one to the next, by evaluate.py report."""
+    """Metrics of scores.jsonl files, and the paired gains from one to the next, by `report`."""
     named = [f"{name}={path}" for name, path in files.items()]
     run_script("evaluate.py", "report", "--scores", *named, "--out", out / "report")
-    report = json.loads((out / "report" / "report.json").read_text())
+    report = json.loads((out / "report/report.json").read_text())
     print(report[kind], report[f"{kind}_gains"])
     return report[kind], [*report[f"{kind}_gains"].values()]
 
 
-def traces_of(out, split, n):
-    """sft.jsonl: the teacher's best verdicts on the editors' own edits of a split."""
-    run_script("build_sft.py", "--toy", "--principles", principles_of(out, split, n), *EDITORS, "--pool", MODELS / "teacher",
-               "--inspector", MODELS / "teacher", "--out", out / split)
-    return out / split / "sft.jsonl"
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """Stages 2 to 4: the base VLM, the SFT-RRM and the RL-RRM, and held-out pairs to compare them on."""
+    """Stages 2 to 4: base VLM, SFT-RRM and RL-RRM, and held-out pairs to compare them on."""
     out = tmp_path_factory.mktemp("learned")
-    data, pairs, bench = together(lambda make, *what: make(out, *what), (traces_of, "sft", 160), (pairs_of, "preferences", 160),
-                                  (pairs_of, "reward_bench", 320))
-    run_script("train_sft.py", "--toy", "--data", data, "--model", MODELS / "vlm", "--out", out / "start", **TWO_THREADS)
-    run_script("train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start" / "model", "--steps", 30,
-               "--pairs_per_step", 12, "--held_out", 12, "--sample_every", 30, "--out", out / "gcpo", **TWO_THREADS)
-    return dict(base=MODELS / "vlm", sft=out / "start" / "model", rl=out / "gcpo" / "model"), bench
+    data, pairs, bench = together(edits_of, (out, "sft", 160, *TEACHER), (out, "preferences", 160),
+                                  (out, "reward_bench", 320))
+    run_script("train_sft.py", "--toy", "--data", data, "--model", MODELS / "vlm",
+               "--out", out / "start", **TWO_THREADS)
+    run_script("train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
+               "--steps", 30, "--pairs_per_step", 12, "--held_out", 12, "--every", 30,
+               "--out", out / "gcpo", **TWO_THREADS)
+    return dict(base=MODELS / "vlm", sft=out / "start/model", rl=out / "gcpo/model"), bench
 
 
 def test_the_judge_learns_in_the_cold_start_and_again_in_gcpo(learned, tmp_path):
-    """Base VLM < SFT-RRM < RL-RRM, from one sampled verdict an edit, and GCPO adds at least the six points asked of it."""
+    """Base VLM < SFT-RRM < RL-RRM, from one sampled verdict an edit; GCPO adds six points or more."""
     models, bench = learned
 
     def score(name):
-        run_script("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", bench, "--vlm", models[name],
-                   "--out", tmp_path / name)
+        run_script("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", bench,
+                   "--vlm", models[name], "--out", tmp_path / name)
         return tmp_path / name / "scores.jsonl"
 
     scores = dict(zip(models, together(score, *([name] for name in models))))
     metrics, (cold_start, gcpo) = gains(tmp_path, "reward", **scores)
     assert metrics["base"]["n"] >= 330
-    assert cold_start["strict"]["low"] > 0 and gcpo["strict"]["low"] > 0 and gcpo["strict"]["mean"] >= 0.06
+    assert cold_start["strict"]["low"] > 0
+    assert gcpo["strict"]["low"] > 0 and gcpo["strict"]["mean"] >= 0.06
 
 
 def test_flow_grpo_makes_a_better_editor_by_the_oracle(learned, tmp_path):
-    """The RL-RRM is the only reward; two edits of every held-out prompt before and after, with the same noise."""
-    rows, bench = principles_of(tmp_path, "rl", 120), principles_of(tmp_path, "editor_bench", 320)
-    run_script("train_flow_grpo.py", "--toy", "--prompts", rows, "--editor", MODELS / "editor", "--reward", learned[0]["rl"],
-               "--steps", 14, "--sample_every", 14, "--held_out", 8, "--out", tmp_path / "flow", **TWO_THREADS)
+    """The RL-RRM is the only reward; two edits of every held-out prompt, with the same noise."""
+    rows, bench = (principles_of(tmp_path, *what) for what in (("rl", 120), ("editor_bench", 320)))
+    run_script("train_flow_grpo.py", "--toy", "--prompts", rows, "--editor", MODELS / "editor",
+               "--reward", learned[0]["rl"], "--steps", 14, "--every", 14, "--held_out", 8,
+               "--out", tmp_path / "flow", **TWO_THREADS)
 
     def edit(name, *lora):
-        run_script("evaluate.py", "edit", "--toy", "--prompts", bench, "--editor", MODELS / "editor", "--seeds", 2, *lora,
-                   "--out", tmp_path / name)
+        run_script("evaluate.py", "edit", "--toy", "--prompts", bench, "--editor", MODELS / "editor",
+                   "--seeds", 2, *lora, "--out", tmp_path / name)
         world.judge(tmp_path / name / "edits.jsonl", tmp_path / name / "scores.jsonl")
         return tmp_path / name / "scores.jsonl"
 
-    before, after = together(edit, ["before"], ["after", "--lora", tmp_path / "flow" / "lora"])
+    before, after = together(edit, ["before"], ["after", "--lora", tmp_path / "flow/lora"])
     editors, [gain] = gains(tmp_path, "editor", before=before, after=after)
     assert gain["O"]["mean"] >= 0.05 * editors["before"]["O"] and gain["O"]["low"] > 0
     assert gain["PQ"]["mean"] > -0.05

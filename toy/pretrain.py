@@ -17,6 +17,7 @@ cannot cure it.
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,8 +36,9 @@ import world as W           # noqa: E402
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{% if c.type == 'image' %}\
-<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}\
+{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}\
+{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}\
 <|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -73,9 +75,8 @@ def tokenizer():
     words = [*W.OBJECTS, *W.COLOURS, *W.SHAPES, *W.BACKGROUNDS, *W.PLACES]
     words = [f"Verdict {k}:\n" for k in range(1, 9)] + [f" {w}" for w in words]
     words += [f" {p}:" for p in W.PLACES]
-    rules = [ANSWER_RULES, *LOOK_RULES, build_sft.VERDICT_RULES, build_sft.INSPECTOR_RULES]
-    rules += [decompose.DECOMPOSE_RULES]
-    rules += ["\n" + exemplar for exemplar in decompose.EXEMPLARS]
+    rules = [ANSWER_RULES, *LOOK_RULES, build_sft.VERDICT_RULES, build_sft.INSPECTOR_RULES,
+             decompose.DECOMPOSE_RULES, *map(decompose.example, decompose.EXAMPLES)]
     tok.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     tok.add_tokens([AddedToken(s, special=False, normalized=False)
                     for s in dict.fromkeys(words + PHRASES + rules)])
@@ -114,13 +115,10 @@ def build_vlm(tok, size):
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>")))
 
 
-def patches(pictures, processor):
-    """Pictures (B, 3, 32, 32) in 0..1 -> pixel_values (B * 16, 3 * 2 * 8 * 8), without PIL."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    x = ((pictures * 255).round() / 255 - mean) / std
-    x = x.reshape(-1, 3, 2, 2, 8, 2, 2, 8)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)                       # (B, row, column, 2, 2, 3, 8, 8)
-    return x.unsqueeze(6).expand(*x.shape[:6], 2, 8, 8).reshape(len(pictures) * 16, -1)
+def pixels(pictures):
+    """Pictures (B, 3, 32, 32) in 0..1 as the model takes them: pixel_values, image_grid_thw."""
+    pictures = [W.to_pil(picture) for picture in pictures]
+    return image_processor()(images=pictures, return_tensors="pt").to(DEVICE)
 
 
 # ---------------------------------------------------------------- edits to look at
@@ -192,36 +190,38 @@ def mixed_edits(rng, n, pool, share=0.6):
 
 # ---------------------------------------------------------------- what to say about them
 
+def thing(code):
+    return W.OBJECTS[code] if code >= 0 else "nothing"
+
+
 def describe(shown, which, clean=None):
     """The picture, place by place."""
-    text = f"The {which} image shows a {list(W.BACKGROUNDS)[shown[0]]} background"
-    text = text.replace(" a ", " ") + "".join(
-        f" {p}: {W.OBJECTS[c] if c >= 0 else 'nothing'}" for p, c in zip(W.PLACES, shown[1:]))
-    return text + ("" if clean is None else " clean" if clean else " smudged") + ".\n"
+    places = "".join(f" {place}: {thing(code)}" for place, code in zip(W.PLACES, shown[1:]))
+    state = "" if clean is None else " clean" if clean else " smudged"
+    return f"The {which} image shows {[*W.BACKGROUNDS][shown[0]]} background{places}{state}.\n"
+
+
+def look(question, target, found):
+    """What there is to see for one question."""
+    shown = found["shown"]
+    if match := re.search(r"(\w+ \w+)(?: still)? at the (.*)\?", question):
+        return f" {match[1]} {match[2]}: {thing(shown[1 + W.PLACES.index(match[2])])}"
+    if match := re.search(r"the (.*) gone", question):
+        code = W.OBJECTS.index(match[1])
+        where = [place for place, seen in zip(W.PLACES, shown[1:]) if seen == code]
+        return f" {match[1]} {where[0] if where else 'nothing'}"
+    if "background" in question:
+        return f" background {[*W.BACKGROUNDS][shown[0]]}"
+    if "empty" in question:
+        extra = [seen for seen, wanted in zip(shown[1:], target[1:]) if wanted < 0 <= seen]
+        return f"{question} {thing(extra[0] if extra else -1)}"
+    return f"{question} {'clean' if found['clean'] else 'smudged'}"
 
 
 def walk(scene, target, found, verdict):
     """The reasoning: question by question what there is to see, and the answer to it."""
-    shown, lines = found["shown"], []
-    for p, v in zip(W.principles(scene, target), verdict):
-        words = p["question"].rstrip("?")
-        if " at the " in words:
-            what, place = words.split(" at the ")
-            what = " ".join(what.split()[2 + what.startswith("Is there"):][:2])
-            seen = shown[1 + W.PLACES.index(place)]
-            line = f" {what} {place}: {W.OBJECTS[seen] if seen >= 0 else 'nothing'}"
-        elif "gone" in words:
-            what = words.removeprefix("Is the ").removesuffix(" gone")
-            where = [place for place, c in zip(W.PLACES, shown[1:]) if c == W.OBJECTS.index(what)]
-            line = f" {what} {where[0] if where else 'nothing'}"
-        elif "background" in words:
-            line = f" background {list(W.BACKGROUNDS)[shown[0]]}"
-        elif "empty" in words:
-            extra = [c for c, t in zip(shown[1:], target[1:]) if t < 0 <= c]
-            line = f"{p['question']} {W.OBJECTS[extra[0]] if extra else 'nothing'}"
-        else:
-            line = f"{p['question']} {'clean' if found['clean'] else 'smudged'}"
-        lines.append(line + (" yes" if v else " no") + "\n")
+    lines = [f"{look(p['question'], target, found)}{' yes' if v else ' no'}\n"
+             for p, v in zip(W.principles(scene, target), verdict)]
     return "Seen:" + "".join(lines)     # begins without a space: stripped, it has the same tokens
 
 
@@ -294,38 +294,34 @@ def inspection(rng, row, found):
 def decomposition(rng, row, found):
     """Each object of the source beside the one that the instruction names; then the questions."""
     scene, instruction, target = row
-    named = [c if c >= 0 else t for c, t in zip(scene[1:], target[1:]) if c != t]
-    name = W.OBJECTS[named[0]] if named else "nothing"
-    things = "".join(f" {W.OBJECTS[c]} {p}: {name}{' yes' if [c] == named else ' no'}\n"
+    named = [c if c >= 0 else t for c, t in zip(scene[1:], target[1:]) if c != t] or [-1]
+    things = "".join(f" {thing(c)} {p}: {thing(named[0])}{' yes' if [c] == named else ' no'}\n"
                      for c, p in zip(scene[1:], W.PLACES) if c >= 0)
-    seen = f"The source image shows {list(W.BACKGROUNDS)[scene[0]]} background\n{things}"
-    chat = decompose.decompose_chat(PICTURES[0], instruction, rng.sample(decompose.EXEMPLARS, 4))
+    seen = f"The source image shows {[*W.BACKGROUNDS][scene[0]]} background\n{things}"
+    examples = map(decompose.example, rng.sample([*decompose.EXAMPLES], 4))
+    chat = decompose.decompose_chat(PICTURES[0], instruction, examples)
     return chat, seen + json.dumps(W.principles(scene, target))
 
 
 # ---------------------------------------------------------------- training
 
-def encode_batch(tok, processor, samples, sources, edits):
+def encode_batch(tok, samples, sources, edits):
     """[(chat, reply)] -> right-padded inputs (nothing is generated), labels, -100 on the prompt."""
-    ids, labels, pixels = [], [], []
-    for i, (chat, reply) in enumerate(samples):
+    ids, labels, pictures = [], [], []
+    for (chat, reply), *pair in zip(samples, sources, edits):
         text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        shown = dict(zip(PICTURES, (sources[i], edits[i])))
-        pixels += [shown[part["image"]] for part in chat[0]["content"] if part["type"] == "image"]
+        pictures += [pair[PICTURES.index(part["image"])] for part in chat[0]["content"]
+                     if part["type"] == "image"]
         prompt = tok(text.replace("<|image_pad|>", "<|image_pad|>" * 4)).input_ids
         answer = tok(reply + "<|im_end|>").input_ids
         ids.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([-100] * len(prompt) + answer))
-    pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_value=value)
-    input_ids = pad(ids, tok.pad_token_id)
-    mask = pad([torch.ones_like(i) for i in ids], 0)
+    mask = [torch.ones_like(row) for row in ids]
+    ids, labels, mask = (torch.nn.utils.rnn.pad_sequence(rows, True, value).to(DEVICE)
+                         for rows, value in ((ids, tok.pad_token_id), (labels, -100), (mask, 0)))
     image = tok.convert_tokens_to_ids("<|image_pad|>")
-    inputs = dict(input_ids=input_ids, attention_mask=mask,
-                  pixel_values=patches(torch.stack(pixels), processor),
-                  image_grid_thw=torch.tensor([[1, 4, 4]] * len(pixels)),
-                  mm_token_type_ids=(input_ids == image).int())
-    return {k: v.to(DEVICE) for k, v in inputs.items()}, pad(labels, -100).to(DEVICE)
+    return dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == image).int(),
+                **pixels(pictures)), labels
 
 
 def train_vision(model, tok, steps, rng, pool, batch=96):
@@ -333,17 +329,14 @@ def train_vision(model, tok, steps, rng, pool, batch=96):
     words = [*W.OBJECTS, "nothing"], W.BACKGROUNDS, ["clean", "smudged"]
     words = [tok.convert_tokens_to_ids([f" {w}" for w in group]) for group in words]
     words = [torch.tensor(group, device=DEVICE) for group in words]
-    embedding, processor = model.get_input_embeddings(), image_processor()
+    embedding = model.get_input_embeddings()
     params = [*model.model.visual.parameters(), embedding.weight]
     optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.01)
     for step in range(steps):
         decay = max(0.05, 1 - step / steps)
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * decay
         _, _, edits, found = mixed_edits(rng, batch, pool)
-        grid = torch.tensor([[1, 4, 4]] * batch, device=DEVICE)
-        pixels = patches(edits, processor).to(DEVICE)
-        tokens = model.model.visual(pixels, grid_thw=grid).pooler_output           # (4 B, width)
-        tokens = torch.cat(tokens) if isinstance(tokens, (tuple, list)) else tokens
+        tokens = model.model.visual(*pixels(edits).values()).pooler_output         # (4 B, width)
         shown = torch.tensor([f["shown"] for f in found], device=DEVICE)
         clean = torch.tensor([f["clean"] for f in found], device=DEVICE)
         codes, clean = shown[:, 1:].flatten(), clean.repeat_interleave(4)
@@ -368,8 +361,7 @@ def learn(loss, params, optimizer):
 def train_language(model, tok, steps, lr, batch, tasks, rng, pool, name):
     """Cross-entropy on the replies; what is read off pictures and questions weighs more."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    processor, begun = image_processor(), time.time()
-    light = torch.ones(len(tok), device=DEVICE)
+    begun, light = time.time(), torch.ones(len(tok), device=DEVICE)
     seen = [*W.OBJECTS, *W.PLACES, *W.BACKGROUNDS, "nothing", "clean", "smudged"]
     light[torch.tensor(tok("".join(f" {w}" for w in seen)).input_ids)] = 3.0
     points = (" yes\n", " no\n", '", "score": 0', '", "score": 1', '", "gold": 0', '", "gold": 1')
@@ -381,7 +373,7 @@ def train_language(model, tok, steps, lr, batch, tasks, rng, pool, name):
         task = rng.choices(list(tasks), tasks.values())[0]
         rows, sources, edits, found = mixed_edits(rng, batch, pool)
         samples = [task(rng, row, f) for row, f in zip(rows, found)]
-        inputs, labels = encode_batch(tok, processor, samples, sources, edits)
+        inputs, labels = encode_batch(tok, samples, sources, edits)
         at = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         truth = labels[:, 1:][at]
         hidden = model.model(**inputs).last_hidden_state
@@ -411,32 +403,25 @@ def save(model, tok, size, folder):
 # ---------------------------------------------------------------- where it is right and where not
 
 def diagnose(folder, pool, n=400):
-    """Greedy verdicts on `n` held-out edits: how often every kind of point is answered rightly."""
-    model, encode = build_sft.load_vlm(folder, torch.device(DEVICE), torch.float32)
+    """Verdicts on `n` held-out edits: how often every kind of point is answered rightly."""
+    ask = build_sft.connect(folder, torch.device(DEVICE))
     rows, sources, edits = [part[:n] for part in pool]
     found = W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
-    chats = [build_sft.verdict_chat(W.to_pil(s), W.to_pil(e), r[1], W.principles(r[0], r[2]))
-             for r, s, e in zip(rows, sources, edits)]
-    keys = [(folder, j) for j in range(n)]
-    for temperature in (0.0, 1.0):
-        replies = [t for i in range(0, n, 100) for t in build_sft.ask(
-            model, encode, chats[i:i + 100], keys[i:i + 100], 128, temperature)]
-        tally, unread, pairs = {}, 0, []
-        for row, f, reply in zip(rows, found, replies):
-            principles = W.principles(row[0], row[2])
-            verdict = build_sft.parse_verdict(reply, len(principles))
-            unread += verdict is None
-            if verdict:
-                pairs.append((verdict[2], f["O"]))
-                for p, truth, answer in zip(principles, f["verdict"], verdict[0]):
-                    tally.setdefault((p["category"], truth), []).append(answer == truth)
-        table = "  ".join(f"{c} {'true' if t else 'FALSE'} {sum(v) / len(v):.2f} ({len(v)})"
-                          for (c, t), v in sorted(tally.items()))
-        text = f"{folder} T={temperature}: unread {unread}/{n}"
-        if pairs:
-            corr = torch.corrcoef(torch.tensor(pairs).T)[0, 1].item()
-            text += f", correlation with O {corr:.2f} | {table}"
-        print(text, flush=True)
+    principles = [W.principles(r[0], r[2]) for r in rows]
+    chats = [build_sft.verdict_chat(W.to_pil(s), W.to_pil(e), r[1], p)
+             for r, s, e, p in zip(rows, sources, edits, principles)]
+    for temperature in (0, 1):
+        replies = [t for i in range(0, n, 100) for t in ask(chats[i:i + 100], 128, temperature, i)]
+        verdicts = [build_sft.parse_verdict(t, len(p)) for t, p in zip(replies, principles)]
+        read, tally = [known for known in zip(verdicts, found, principles) if known[0]], {}
+        for (answers, _, _), truth, asked in read:
+            for answer, true, p in zip(answers, truth["verdict"], asked):
+                tally.setdefault((p["category"], true), []).append(answer == true)
+        table = "  ".join(f"{c} {'true' if true else 'FALSE'} {sum(v) / len(v):.2f} ({len(v)})"
+                          for (c, true), v in sorted(tally.items()))
+        scores = torch.tensor([(verdict[2], truth["O"]) for verdict, truth, _ in read]).view(-1, 2)
+        print(f"{folder} T={temperature}: unread {n - len(read)}/{n}, correlation with O "
+              f"{torch.corrcoef(scores.T)[0, 1]:.2f} | {table}", flush=True)
 
 
 def editor_pool(folders, n, seeds, split="pretrain", name=0):

@@ -28,15 +28,11 @@ FIXED = [evaluate.SC_RULES, evaluate.PQ_RULES, '{"success": ', ', "restraint": '
          "0.0", "5.0", "10.0"]
 
 
-def thing(code):
-    return W.OBJECTS[code] if code >= 0 else "nothing"
-
-
 def change_marks(rng, row, found):
     """What was where, what should be there, what is there now; what is done and kept; the marks."""
     (scene, instruction, target), shown = row, found["shown"]
     names = [" background", *(f" {place}:" for place in W.PLACES)]
-    things = [[list(W.BACKGROUNDS)[s[0]], *map(thing, s[1:])] for s in (scene, target, shown)]
+    things = [[[*W.BACKGROUNDS][s[0]], *map(P.thing, s[1:])] for s in (scene, target, shown)]
     lines = [f"{name} {was}, then {wanted}, now {is_now}{' yes' if is_now == wanted else ' no'}\n"
              for name, was, wanted, is_now in zip(names, *things)]
     categories = [p["category"] for p in W.principles(scene, target)]
@@ -57,25 +53,20 @@ def picture_marks(rng, row, found):
 
 def compare_marks(folder, pool, n=400):
     """Greedy marks on `n` held-out edits, beside the oracle's."""
-    model, encode = build_sft.load_vlm(folder, torch.device(P.DEVICE), torch.float32)
+    ask = build_sft.connect(folder, torch.device(P.DEVICE))
     rows, sources, edits = [part[:n] for part in pool]
     found = W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
     chats = [evaluate.judge_chats(W.to_pil(s), W.to_pil(e), r[1])
              for r, s, e in zip(rows, sources, edits)]
-    read, truth = [], []
-    for call, names in enumerate((("success", "restraint"), ("naturalness", "cleanliness"))):
-        asked = [pair[call] for pair in chats]
-        replies = [text for i in range(0, n, 100) for text in evaluate.ask(
-            model, encode, asked[i:i + 100], [("judge",)] * len(asked[i:i + 100]), 128, 0.0)]
-        read.append([evaluate.parse_marks(text, names) for text in replies])
-    scores = [evaluate.edit_scores(*(m and list(m.values()) for m in marks))
-              for marks in zip(*read)]
+    read, names_of = [], (("success", "restraint"), ("naturalness", "cleanliness"))
+    for asked, names in zip(zip(*chats), names_of):
+        replies = [t for i in range(0, n, 100) for t in ask(asked[i:i + 100], 128, 0, 0)]
+        marks = [evaluate.parse_marks(text, names) for text in replies]
+        read.append([known and known.values() for known in marks])
+    scores = [evaluate.edit_scores(*marks) for marks in zip(*read)]
     for name in ("SC", "PQ", "O"):
         known = [(s[name], f[name]) for s, f in zip(scores, found) if s[name] is not None]
-        if not known:
-            print(f"{name}: nothing could be read")
-            continue
-        said, true = torch.tensor(known).unbind(1)
+        said, true = torch.tensor(known).view(-1, 2).unbind(1)
         print(f"{name}: {len(known)}/{n} read, mean {said.mean():.2f} (oracle {true.mean():.2f}), "
               f"within 0.5 of the oracle's: {((said - true).abs() <= 0.5).float().mean():.3f}")
 

@@ -54,7 +54,7 @@ run python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --edi
 run python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor $models/editor --out $out/editor/before
 run python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor $models/editor --lora $out/flow/lora --out $out/editor/after
 for editor in weak before after; do
-    run python evaluate.py judge --edits $out/editor/$editor/edits.jsonl --vlm $models/judge --out $out/judged/$editor
+    run python evaluate.py judge --toy --edits $out/editor/$editor/edits.jsonl --vlm $models/judge --out $out/judged/$editor
     run python toy/world.py judge --edits $out/editor/$editor/edits.jsonl --out $out/editor/$editor/scores.jsonl
 done
 run python toy/world.py curve --samples $out/flow/samples --out $out/flow/oracle.jsonl

@@ -107,7 +107,7 @@ def picture(out, path, columns=9, size=84):
         draw.multiline_text((2, 70 + i * (size + 18)), name, "black", font)
     top, half = 3 * (size + 20) + 50, sheet.width // 2
     bottom, gcpo = sheet.height - 8, read_jsonl(Path(out, "gcpo", "metrics.jsonl"))
-    wins = [(r["step"], r["held_win"]) for r in gcpo if "held_win" in r]
+    wins = [(r["step"], r["held_win"]) for r in gcpo if r.get("held_win") is not None]
     line_chart(draw, (8, top, half - 10, bottom), "GCPO on held-out pairs",
                {"win rate of the winner's verdicts": (BLUE, wins)})
     oracle = read_jsonl(Path(out, "flow", "oracle.jsonl"))

@@ -201,22 +201,17 @@ def read_scenes(pictures):
     return torch.cat([background[:, None], content[rows, :, background] - 1], 1), marks
 
 
-def true_verdict(scene, target, shown, clean):
-    """0/1 for every question of `principles(scene, target)`, given the scene the edit shows."""
-    verdict = []
-    for row in principles(scene, target):
-        words = row["question"].rstrip("?")
-        if match := re.search(r"(\w+ \w+) (?:still )?at the (\w+ \w+)$", words):
-            verdict.append(shown[1 + PLACES.index(match[2])] == OBJECTS.index(match[1]))
-        elif match := re.search(r"the (\w+ \w+) gone$", words):
-            verdict.append(OBJECTS.index(match[1]) not in shown[1:])
-        elif "background" in words:
-            verdict.append(shown[0] == list(BACKGROUNDS).index(words.split()[-1]))
-        elif "empty" in words:
-            verdict.append(all(s < 0 for s, t in zip(shown[1:], target[1:]) if t < 0))
-        else:
-            verdict.append(clean)
-    return [int(v) for v in verdict]
+def is_true(question, target, shown, clean):
+    """The answer to a question of `principles`, given the scene that the edit shows."""
+    if match := re.search(r"(\w+ \w+) (?:still )?at the (\w+ \w+)", question):
+        return shown[1 + PLACES.index(match[2])] == OBJECTS.index(match[1])
+    if match := re.search(r"the (\w+ \w+) gone", question):
+        return OBJECTS.index(match[1]) not in shown[1:]
+    if "background" in question:
+        return question.endswith(f"{list(BACKGROUNDS)[shown[0]]}?")
+    if "empty" in question:
+        return all(s < 0 for s, t in zip(shown[1:], target[1:]) if t < 0)
+    return clean
 
 
 def follow_and_keep(categories, verdict):
@@ -238,8 +233,9 @@ def oracle(pictures, scenes, targets):
     rows = []
     for scene, target, seen, mark in zip(scenes, targets, shown.tolist(), marks):
         clean = bool(mark.min() >= DIRTY)
-        verdict = true_verdict(scene, target, seen, clean)
-        categories = [p["category"] for p in principles(scene, target)]
+        asked = principles(scene, target)
+        verdict = [int(is_true(p["question"], target, seen, clean)) for p in asked]
+        categories = [p["category"] for p in asked]
         sc, pq, o = marks_to_scores(categories, verdict, mark.mean().item())
         rows.append(dict(shown=seen, clean=clean, verdict=verdict, right=seen == list(target),
                          SC=sc, PQ=pq, O=o))
@@ -270,9 +266,9 @@ def from_pil(image):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def load_pictures(paths):
-    """Picture files -> (B, 3, SIZE, SIZE) in 0..1."""
-    return torch.stack([from_pil(Image.open(p)) for p in paths])
+def load_pictures(path, rows, key):
+    """The pictures row[key] of a JSONL file: (B, 3, SIZE, SIZE) in 0..1."""
+    return torch.stack([from_pil(Image.open(Path(path).parent / row[key])) for row in rows])
 
 
 def edits_of(split, n, seed=0):
@@ -307,10 +303,9 @@ def write_edits(out):
 
 def judge_rows(path, rows):
     """The oracle on rows {source, instruction, edit}; it reads the scene off the source."""
-    folder = Path(path).parent
-    scenes = read_scenes(load_pictures([folder / r["source"] for r in rows]))[0].tolist()
+    scenes = read_scenes(load_pictures(path, rows, "source"))[0].tolist()
     targets = [apply_instruction(s, r["instruction"])[1] for s, r in zip(scenes, rows)]
-    return oracle(load_pictures([folder / r["edit"] for r in rows]), scenes, targets)
+    return oracle(load_pictures(path, rows, "edit"), scenes, targets)
 
 
 def prefer(candidates, out, same=1.0, noise=0.03):

@@ -202,20 +202,19 @@ def write_traces(pool, args, rows, pictures):
     chats = [verdict_chat(*pair, row["instruction"], row["principles"])
              for row, pair in zip(rows, pictures)]
     gains = [dict(traces=[], unread=0) for _ in rows]
-    for vlm, ask in pool.items():
-        for temperature in args.temperatures:
-            for k in range(args.samples if temperature else 1):
-                seed = seed_of(args.seed, "trace", rows[0]["id"], vlm, temperature, k)
-                replies = ask(chats, args.max_new, temperature, seed)
-                for row, gain, text in zip(rows, gains, replies):
-                    if not isinstance(text, str):
-                        gain["error"] = repr(text)
-                    elif verdict := parse_verdict(text, len(row["principles"])):
-                        gain["traces"].append(
-                            dict(vlm=vlm, temperature=temperature, text=text.strip())
-                            | dict(zip(("verdict", "average", "score"), verdict)))
-                    else:
-                        gain["unread"] += 1
+    rounds = [(vlm, temperature, k) for vlm in pool for temperature in args.temperatures
+              for k in range(args.samples if temperature else 1)]
+    for vlm, temperature, k in rounds:
+        seed = seed_of(args.seed, "trace", rows[0]["id"], vlm, temperature, k)
+        replies = pool[vlm](chats, args.max_new, temperature, seed)
+        for row, gain, text in zip(rows, gains, replies):
+            if not isinstance(text, str):
+                gain["error"] = repr(text)
+            elif verdict := parse_verdict(text, len(row["principles"])):
+                gain["traces"].append(dict(vlm=vlm, temperature=temperature, text=text.strip())
+                                      | dict(zip(("verdict", "average", "score"), verdict)))
+            else:
+                gain["unread"] += 1
     return [gain if gain["traces"] else dict(error="no verdict can be read") | gain
             for gain in gains]
 

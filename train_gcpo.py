@@ -251,14 +251,14 @@ def load_policy(args, device, world):
 
 # ---------------------------------------------------------------- the phases of a step
 
-def judge_pairs(model, encode, pairs, draw, args):
+def judge_pairs(model, encode, pairs, draw_key, args):
     """N verdicts on both edits of B pairs: 2B chats; tokens, logp, keep (2B N, T); tau (B, 2, N)"""
     chats, keys = [], []
     for pair in pairs:
         for side in ("chosen", "rejected"):
             pictures = [open_image(args.pairs, pair, key) for key in ("source", side)]
             chats.append(verdict_chat(*pictures, pair["instruction"], pair["principles"]))
-            keys += [(args.seed, draw, pair["id"], side, k) for k in range(args.group_size)]
+            keys += [(args.seed, draw_key, pair["id"], side, k) for k in range(args.group_size)]
     u, n, size = uniforms(keys, args.max_new), args.group_size, args.rollout_edits
     with autocast(model.device):
         parts = [model.rollout(encode, chats[i:i + size], n, u[i * n:(i + size) * n])
@@ -351,8 +351,9 @@ def main():
                 loss = clipped_loss(logp, old_logp[rows], advantage[rows], keep[rows],
                                     args.clip_eps)
                 (loss * len(some) / groups).backward()
-                ratio = (logp.detach() - old_logp[rows])[keep[rows]].exp()
-                outside.append(((ratio - 1).abs() > args.clip_eps).float().cpu())
+                if some:
+                    ratio = (logp.detach() - old_logp[rows])[keep[rows]].exp()
+                    outside.append(((ratio - 1).abs() > args.clip_eps).float().cpu())
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
             norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
             if not math.isfinite(norm):
@@ -360,7 +361,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-        # ---- log the scores of all ranks; gap and outside (the clip) of rank 0's share
+        # ---- log the scores of all ranks; of rank 0 length, gap, tokens outside the clip range
         tau = torch.tensor(gather_rows(tau.tolist()))
         if rank == 0:
             gap, outside = (torch.cat(part or [torch.zeros(1)]).mean() for part in (gaps, outside))

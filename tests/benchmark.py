@@ -1,18 +1,18 @@
-"""How fast is GCPO, beside the plain way and its matrix products alone, and Flow-GRPO beside its transformer calls?
+"""How fast is GCPO, beside the plain way and its products alone; and Flow-GRPO, beside its transformer calls?
 
     python tests/benchmark.py             # on a CPU or a GPU; the last line is one JSON object
 
-One pair, two images of 256 tokens each, prompts of some 600 tokens, N verdicts of 150 tokens, on a random Qwen2.5-VL; the ways
-take turns on the same model, prompts and sampled tokens, and the medians of five turns are compared:
+One pair, two images of 256 tokens each, prompts of some 600 tokens, N verdicts of 150 tokens, on a random
+Qwen2.5-VL; the ways take turns on the same model, prompts and sampled tokens; compared are medians of five:
 
     ours    train_gcpo.py: `rollout` and `verdict_logps`, which compute a prompt once for its N verdicts
-    plain   `model.generate(num_return_sequences=N)`, then N whole rows [prompt | verdict] per image in the update
-    floor   the matrix products and attentions of ours, recorded once and computed again with nothing around them
+    plain   `model.generate(num_return_sequences=N)`, then N rows [prompt | verdict] per image in the update
+    floor   the matrix products and attentions of ours, recorded once and computed again on their own
 
     gcpo_speedup_n8, _n16   plain / ours, seconds of a whole step (rollout, advantages, forward, backward)
     gcpo_over_floor         ours / floor at N = 8
     gcpo_memory_ratio       ours / plain at N = 8: bytes that the update keeps for its backward pass
-    flow_over_floor         an iteration of the toy's Flow-GRPO without its verdicts / the same transformer calls alone
+    flow_over_floor         the toy's Flow-GRPO step without its verdicts / the same transformer calls alone
     evaluations_per_image   forwards and backwards of the transformer in it, per edit
 
 Sampled log-probs, policy log-probs and gradients of both ways are compared first.
@@ -120,8 +120,8 @@ def build_gcpo(width=256, layers=6, depth=4):
     picture = (torch.rand(256, 256, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
     principles = [dict(question=f"Is there a red circle at the top left of place {i}?", category="follow")
                   for i in range(8)]
-    chats = [G.verdict_chat(Image.fromarray(picture), Image.fromarray(edit), "change the red circle to blue", principles)
-             for edit in (picture.copy(), 255 - picture)]
+    chats = [G.verdict_chat(*map(Image.fromarray, images), "change the red circle to blue", principles)
+             for images in ((picture, picture.copy()), (picture, 255 - picture))]
     return model, encode, chats
 
 
@@ -169,9 +169,9 @@ def compare(model, encode, batch, generated):
         model.zero_grad()
     apart = max((ours - plain).norm() / plain.norm().clamp(min=1e-12) for ours, plain in zip(
         grads[0].values(), grads[1].values(), strict=True))
-    print(f"prompt {encode(batch[0])['input_ids'].shape[1]} tokens, verdicts {batch[1].shape[1]} | furthest apart: "
-          f"log-probs {(logp[0] - logp[1]).abs().max():.1e}, generate's {(generated - batch[3]).abs().max():.1e}, "
-          f"gradient of a tensor {apart:.1e} (relative)")
+    print(f"prompt {encode(batch[0])['input_ids'].shape[1]} tokens, verdicts {batch[1].shape[1]} | furthest "
+          f"apart: log-probs {(logp[0] - logp[1]).abs().max():.1e}, generate's "
+          f"{(generated - batch[3]).abs().max():.1e}, gradient of a tensor {apart:.1e} (relative)")
 
 
 def measure_gcpo(model, encode, chats, n):
@@ -181,7 +181,8 @@ def measure_gcpo(model, encode, chats, n):
     batch = chats, tokens, keep, old_logp, advantage
     print(f"N = {n}:", end=" ")
     compare(model, encode, batch, plain_rollout(model, encode, chats, n, tokens))
-    ours = [lambda: G.rollout(model, encode, chats, n, u), lambda: update(G.verdict_logps, model, encode, *batch)]
+    ours = [lambda: G.rollout(model, encode, chats, n, u),
+            lambda: update(G.verdict_logps, model, encode, *batch)]
     plain = [lambda: plain_rollout(model, encode, chats, n, tokens),
              lambda: update(plain_logps, model, encode, *batch)]
     with Recorder() as recorder:
@@ -201,7 +202,7 @@ def measure_gcpo(model, encode, chats, n):
 
 def measure_flow(prompts=16, group=12):
     """One iteration without its verdicts (rollout, decoding, update) over its transformer calls alone."""
-    args = SimpleNamespace(prompts="", seed=0, size=32, group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
+    args = SimpleNamespace(seed=0, size=32, group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
                            sde_window=2, batch=192, micro=192, updates=4, clip_eps=1e-3, beta=0.2)
     pipe = F.load_editor(ROOT / "toy" / "models" / "editor", DEVICE)
     params = F.add_lora(pipe.transformer, F.LORA_LAYERS, 16)
@@ -231,7 +232,8 @@ def measure_flow(prompts=16, group=12):
     hook.remove()
     took = in_turns(iteration=iteration, floor=floor)
     evaluations = sum(len(kwargs["hidden_states"]) * (1 + grad) for kwargs, grad in calls) / (prompts * group)
-    print(f"Flow-GRPO: {took['iteration']:.2f} s an iteration of {prompts * group} edits, floor {took['floor']:.2f} s")
+    print(f"Flow-GRPO: {took['iteration']:.2f} s an iteration of {prompts * group} edits, "
+          f"floor {took['floor']:.2f} s")
     return took["iteration"] / took["floor"], evaluations
 
 

@@ -1,4 +1,4 @@
-"""Every helper that stands in several scripts is the same text, and no copy misses an import or a neighbour."""
+"""A helper that stands in several scripts is the same text, and no copy misses an import or a neighbour."""
 import ast
 import builtins
 import symtable
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for folder in (".", "toy", "data", "related") for path in (ROOT / folder).glob("*.py"))
-OWN = {"main", "parse_args"}                 # meant to differ from stage to stage
+FOLDERS = [ROOT / name for name in (".", "toy", "data", "related")]
+SCRIPTS = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
+OWN = {"main", "parse_args", "TOY"}          # meant to differ from stage to stage
 TEXTS = {path: path.read_text(encoding="utf-8") for path in SCRIPTS}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
@@ -19,14 +20,14 @@ def name_of(script):
 
 
 def definitions():
-    """name -> {source text: [scripts]} over all top-level functions, classes and *_RULES constants."""
+    """name -> {source text: [scripts]} over all top-level functions, classes and CONSTANTS."""
     found = defaultdict(lambda: defaultdict(list))
     for path, tree in TREES.items():
         lines = TEXTS[path].splitlines()
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 name, first = node.name, min([node.lineno] + [d.lineno for d in node.decorator_list])
-            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").endswith("_RULES"):
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").isupper():
                 name, first = node.targets[0].id, node.lineno
             else:
                 continue
@@ -42,12 +43,14 @@ DEFINITIONS = definitions()
 def test_copies_are_identical(name):
     """One name means one thing everywhere: a function that must differ gets another name."""
     versions = DEFINITIONS[name]
-    assert len(versions) == 1, f"{name} differs between {' and '.join('/'.join(files) for files in versions.values())}"
+    places = " and ".join("/".join(files) for files in versions.values())
+    assert len(versions) == 1, f"{name} differs between {places}"
 
 
 def names_used(table):
     """Global names that a scope and the scopes in it read."""
-    used = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table.get_type() == "module")}
+    used = {s.get_name() for s in table.get_symbols()
+            if s.is_referenced() and (s.is_global() or table.get_type() == "module")}
     return used.union(*map(names_used, table.get_children()))
 
 
@@ -62,17 +65,20 @@ def imports(tree):
 def test_every_name_is_there(script):
     """A helper copied without its import fails only when it is called: find it before."""
     table = symtable.symtable(TEXTS[script], script.name, "exec")
-    bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    bound = {s.get_name() for s in table.get_symbols()
+             if s.is_assigned() or s.is_imported() or s.is_namespace()}
     missing = names_used(table) - bound - set(dir(builtins)) - {"__file__", "__name__", "__doc__"}
-    assert not missing, f"{name_of(script)} uses {', '.join(sorted(missing))} without defining or importing it"
+    assert not missing, f"{name_of(script)} neither defines nor imports {', '.join(sorted(missing))}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_nothing_is_there_in_vain(script):
     """No import and no copied helper that the script does not use."""
     tree = TREES[script]
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    copied = {name for name, versions in DEFINITIONS.items() if any(len(files) > 1 for files in versions.values())}
+    used = {node.id for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    copied = {name for name, versions in DEFINITIONS.items()
+              if any(len(files) > 1 for files in versions.values())}
     here = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     unused = (imports(tree)[0] | (copied & here)) - used
     assert not unused, f"{name_of(script)} does not use {', '.join(sorted(unused))}"

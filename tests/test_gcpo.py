@@ -105,7 +105,7 @@ LIST = GOOD.splitlines()[1]
 @pytest.mark.parametrize("text", [
     GOOD, GOOD + " trailing words", say_verdict([0, 0], 1) + "\nNo, wait.\n" + GOOD,    # the last one counts
     GOOD.replace('"', "'"), GOOD.replace("7.5", " 7.5 ").replace("\n", " "),
-    f"```json\n{GOOD}\n```", GOOD.replace(LIST, f"```json\n{LIST}\n```"),               # as stock Qwen likes it
+    f"```json\n{GOOD}\n```", GOOD.replace(LIST, f"```json\n{LIST}\n```"),              # as stock Qwen writes
     GOOD.replace("<score>7.5</score>", "**<score>7.5</score>**"), GOOD.replace("7.5", "**7.5**"),
     GOOD.replace('"q"', r'"Is [{it}] there, \"yes\"?"')])
 def test_a_verdict_is_read_however_it_is_dressed(text):
@@ -113,8 +113,9 @@ def test_a_verdict_is_read_however_it_is_dressed(text):
 
 
 @pytest.mark.parametrize("text", [
-    *(GOOD.replace("7.5", score) for score in ("10.5", "-1", "7/10", "seven", "")), GOOD.replace("0.50", "1.5"),
-    *(GOOD.replace('"score": 1', f'"score": {answer}') for answer in ("2", "true", '"1"', "0.5", "")),
+    *(GOOD.replace("7.5", score) for score in ("10.5", "-1", "7/10", "seven", "")),
+    GOOD.replace("0.50", "1.5"), *(GOOD.replace('"score": 1', f'"score": {answer}')
+                                   for answer in ("2", "true", '"1"', "0.5", "")),
     say_verdict([1], 7.5), say_verdict([1, 0, 1], 7.5), GOOD.replace(LIST, ""), GOOD.replace(LIST, "[]"),
     GOOD.replace("}]", "}"), GOOD.replace("</score>", ""), GOOD.split("<score>")[0], "<score>7.5</score>",
     "", "[" * 50_000, "[{" * 50_000 + GOOD[:-8]])
@@ -131,8 +132,8 @@ def test_without_questions_the_score_stands_alone(text, expected):
 
 
 PIECES = ["[", "]", "{", "}", '"question"', '"score"', ": ", ", ", "0", "1", "1.0", "true", "null", "NaN",
-          "1e3", "-1", "'", '"', "\\", "\n", "<score>", "</score>", '{"average_score": ', "0.5", "11", "\u2603",
-          "\x00", "Is it [{there}]?", "<score>7</score>", "```json", "*", "7/10"]
+          "1e3", "-1", "'", '"', "\\", "\n", "<score>", "</score>", '{"average_score": ', "0.5", "11",
+          "\u2603", "\x00", "Is it [{there}]?", "<score>7</score>", "```json", "*", "7/10"]
 
 
 def test_ten_thousand_ugly_verdicts():
@@ -258,7 +259,8 @@ def test_eos_or_pad_ends_a_verdict(setting):
 
 def test_samples_do_not_depend_on_the_batch(setting):
     model, encode, chats = setting
-    alone = [rollout(model, encode, [chats[row // 4]], 2, 20, slice(row, row + 2))[0] for row in range(0, 12, 2)]
+    alone = [rollout(model, encode, [chats[row // 4]], 2, 20, slice(row, row + 2))[0]
+             for row in range(0, 12, 2)]
     assert torch.equal(rollout(model, encode, chats, 4, 20)[0], torch.cat(alone))
 
 
@@ -280,13 +282,13 @@ def test_run_writes_what_it_promises(straight, vlm):
     assert all(row["outside"] == 0 and row["gap"] < 1e-5 for row in steps if row["dead"] < 1)
     assert {p.name for p in (out / "samples").iterdir()} == {f"step_{s:06d}.json" for s in (0, 2, 4, 5)}
     held = json.loads((out / "samples" / "step_000004.json").read_text())
-    assert len(held) == 5 and all(len(row[f"{side}_scores"]) == 4 for row in held for side in ("chosen", "rejected"))
+    assert [len(row[f"{side}_scores"]) for row in held for side in ("chosen", "rejected")] == [4] * 10
     assert json.loads((out / "config.json").read_text())["group_size"] == 4
     assert len(text.splitlines()) == len(rows) and "arning" not in text
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (vlm, out / "model"))
     assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.float32}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if "visual" not in name}              # the vision tower is frozen
+    assert changed == {name for name in before if "visual" not in name}           # the vision tower is frozen
 
 
 def metrics_agree(out_a, out_b):
@@ -321,7 +323,7 @@ def main_killed_after(seconds):
 def test_killed_at_five_random_moments(straight, vlm, pairs, tmp_path, run_here, monkeypatch):
     """kill -9, --resume, five times over: in the end the very weights and rows of the uninterrupted run."""
     flags = [*map(str, (*SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path, "--resume"))]
-    monkeypatch.setattr(sys, "argv", [G.__file__, *flags])                           # the children take it over
+    monkeypatch.setattr(sys, "argv", [G.__file__, *flags])                        # the children take it over
     context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
     context.set_forkserver_preload(["train_gcpo"])
     begun, ended = ((straight[0] / name).stat().st_mtime for name in ("config.json", "model"))
@@ -344,7 +346,7 @@ def test_several_updates_leave_ratio_one(vlm, pairs, tmp_path, run_here):
 
 
 def test_a_gpu_s_bf16_on_the_cpu(vlm, pairs, tmp_path, run_here, monkeypatch):
-    """Under bf16 autocast rollout and update agree to its precision, the ratio is 1, the weights stay fp32."""
+    """Under bf16 autocast rollout and update agree to its precision; the ratio is 1; weights stay fp32."""
     monkeypatch.setattr(G, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     run_here(G, *SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path)
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row.get("grad_norm")]
@@ -378,7 +380,7 @@ def cut(rows):
     (lambda rows: rows[3].update(principles=["Is it red?"]), "line 4: principles are .*Mend or"),
     (lambda rows: rows[3].update(instruction=None), "line 4: .*Mend or"),
     (lambda rows: rows[3].update(instruction="add <|image_pad|>"), r"line 4: <\|.*Mend or"),
-    (lambda rows: rows[3].update(chosen="nowhere.png"), "row row3: chosen .*nowhere.png .*Restore .* or delete"),
+    (lambda rows: rows[3].update(chosen="nowhere.png"), "row row3: chosen .*nowhere.png .*Restore .*delete"),
     (cut, "row row3: rejected .*cut.png .*truncated.*Restore .* or delete"),
     (lambda rows: rows.clear(), "the file is empty.* It holds people's preferences"),
     (lambda rows: rows.__delitem__(slice(6, None)), "6 pairs are too few")])

@@ -1,4 +1,4 @@
-"""It learns: cold start, GCPO and Flow-GRPO, cut short, move what the paper moves, intervals above 0.
+"""It learns: cold start, GCPO and Flow-GRPO, cut short, gain what the paper gains, surely above 0.
 
 From true principles and few rows; toy/run.sh has all six stages in full. "It learns" is judged by
 the toy's oracle, which no stage knows.
@@ -39,7 +39,8 @@ def principles_of(folder, split, n):
 def edits_of(out, split, n, *judges):
     """Stage 2 on n prompts: the editors' own edits; with judges also the cold-start data."""
     rows = principles_of(out, split, n)
-    run_script("build_sft.py", "--toy", "--principles", rows, *EDITORS, *judges, "--out", out / split)
+    run_script("build_sft.py", "--toy", "--principles", rows, *EDITORS, *judges,
+               "--out", out / split)
     if judges:
         return out / split / "sft.jsonl"
     world.prefer(out / split / "candidates.jsonl", out / split / "preferences.jsonl")
@@ -70,7 +71,7 @@ def learned(tmp_path_factory):
 
 
 def test_the_judge_learns_in_the_cold_start_and_again_in_gcpo(learned, tmp_path):
-    """Base VLM < SFT-RRM < RL-RRM, from one sampled verdict an edit; GCPO adds six points or more."""
+    """Base VLM < SFT-RRM < RL-RRM, of one sampled verdict an edit; GCPO adds at least 6 points."""
     models, bench = learned
 
     def score(name):
@@ -93,8 +94,8 @@ def test_flow_grpo_makes_a_better_editor_by_the_oracle(learned, tmp_path):
                "--out", tmp_path / "flow", **TWO_THREADS)
 
     def edit(name, *lora):
-        run_script("evaluate.py", "edit", "--toy", "--prompts", bench, "--editor", MODELS / "editor",
-                   "--seeds", 2, *lora, "--out", tmp_path / name)
+        run_script("evaluate.py", "edit", "--toy", "--prompts", bench, "--seeds", 2, *lora,
+                   "--editor", MODELS / "editor", "--out", tmp_path / name)
         world.judge(tmp_path / name / "edits.jsonl", tmp_path / name / "scores.jsonl")
         return tmp_path / name / "scores.jsonl"
 

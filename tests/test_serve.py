@@ -1,4 +1,4 @@
-"""The toy's server and judge: a served VLM marks as its folder does, and ranks as the oracle does."""
+"""The toy's server and judge: served, a VLM marks as its folder does and ranks as the oracle."""
 import base64
 import http.client
 import io
@@ -26,8 +26,8 @@ def url():
     server.server_close()
 
 
-def test_a_served_judge_ranks_three_editors_as_the_oracle_does(tmp_path, url, run_here, monkeypatch):
-    """Over HTTP, on 40 prompts that it has not seen: edit, judge, report; and as its folder does."""
+def test_a_served_judge_ranks_three_editors_as_the_oracle(tmp_path, url, run_here, monkeypatch):
+    """Over HTTP, on 40 prompts that it has not seen: edit, judge, report; as its folder does."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     rows, truth, named = [], {}, []
     for i, (scene, text, target) in enumerate(world.edits_of("editor_bench", 40)):
@@ -39,10 +39,11 @@ def test_a_served_judge_ranks_three_editors_as_the_oracle_does(tmp_path, url, ru
                  perfect=tmp_path / "perfect.jsonl")
     world.write_jsonl(edits["perfect"], rows)
     for name in ("editor_weak", "editor"):
-        run_here(evaluate, "edit", "--toy", "--prompts", edits["perfect"], "--editor", MODELS / name,
-                 "--out", tmp_path / name)
+        run_here(evaluate, "edit", "--toy", "--prompts", edits["perfect"],
+                 "--editor", MODELS / name, "--out", tmp_path / name)
     for name, path in edits.items():
-        run_here(evaluate, "judge", "--toy", "--edits", path, "--vlm", url, "--out", tmp_path / name)
+        run_here(evaluate, "judge", "--toy", "--edits", path, "--vlm", url,
+                 "--out", tmp_path / name)
         named.append(f"{name}={tmp_path / name / 'scores.jsonl'}")
         found = world.judge_rows(path, read_rows(path))
         truth[name] = sum(f["O"] for f in found) / len(found)
@@ -69,37 +70,40 @@ def post(url, body):
     return found
 
 
-def test_bad_requests_fail_alone(url):
-    """Sent at once with good ones, which are answered; a thin strip, which the model refuses: 500."""
-    def image(size, colour=0):
-        Image.new("RGB", size, (colour, 9, 99)).save(png := io.BytesIO(), "PNG")
-        data = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        return dict(type="image_url", image_url=dict(url=data))
+def text_of(reply):
+    return reply["choices"][0]["message"]["content"]
 
+
+def data_uri(size, colour=0):
+    Image.new("RGB", size, (colour, 9, 99)).save(png := io.BytesIO(), "PNG")
+    data = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return dict(type="image_url", image_url=dict(url=data))
+
+
+def test_bad_requests_fail_alone(url):
+    """Sent at once with good ones, which are answered; a strip that the model refuses is a 500."""
     def request(*parts, times=1):
         message = dict(role="user", content=[*parts, dict(type="text", text="What do you see?")])
         return json.dumps(dict(messages=[message] * times, max_tokens=4, temperature=0))
 
-    good = [request(image((32, 32), 60 * i)) for i in range(4)]
-    bad = {request(image((1000, 2))): 500, request(): 400, "{": 400, "[]": 400,
+    good = [request(data_uri((32, 32), 60 * i)) for i in range(4)]
+    bad = {request(data_uri((1000, 2))): 500, request(): 400, "{": 400, "[]": 400,
            request(dict(type="image_url", image_url=dict(url=5))): 400, request(times=0): 400,
-           request(image((32, 32)), times=2): 400}
+           request(data_uri((32, 32)), times=2): 400}
     bodies = [body for pair in zip(good * 2, [*bad, "{"]) for body in pair]
     with ThreadPoolExecutor(len(bodies)) as pool:
         found = list(pool.map(post, [url] * len(bodies), bodies))
     assert [status for status, _ in found] == [bad.get(body, 200) for body in bodies]
-    replies = [reply["choices"][0]["message"]["content"] for status, reply in found if status == 200]
+    replies = [text_of(reply) for status, reply in found if status == 200]
     assert len(replies) == 8 and replies[:4] == replies[4:] and all(replies)
 
 
 def test_a_sampled_reply_depends_on_its_seed(url):
     """The same seed, the same text; requests of different seeds are not answered together."""
-    Image.new("RGB", (32, 32), "pink").save(png := io.BytesIO(), "PNG")
-    data = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    content = [dict(type="image_url", image_url=dict(url=data))]
-    body = dict(messages=[dict(role="user", content=content)], max_tokens=12, temperature=2)
-    with ThreadPoolExecutor(6) as pool:
-        texts = [reply["choices"][0]["message"]["content"] for _, reply in pool.map(
+    message = dict(role="user", content=[data_uri((32, 32))])
+    body = dict(messages=[message], max_tokens=12, temperature=2)
+    with ThreadPoolExecutor(3) as pool:
+        texts = [text_of(reply) for _, reply in pool.map(
             post, [url] * 3, [json.dumps(body | dict(seed=seed)) for seed in (1, 2, 3)])]
-    again = post(url, json.dumps(body | dict(seed=2)))[1]["choices"][0]["message"]["content"]
+    again = text_of(post(url, json.dumps(body | dict(seed=2)))[1])
     assert again == texts[1] and len({*texts}) == 3

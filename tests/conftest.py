@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 os.environ["OMP_NUM_THREADS"] = "1"          # the models are tiny: a second thread only waits
 
@@ -83,14 +84,18 @@ def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def run_script(name, *flags, ranks=1, check=True, **more):
+def run_script(name, *flags, ranks=1, check=True, timeout=600, **more):
     """`python name flags` or the same under torchrun; the finished process with its output as text."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *torchrun * (ranks > 1), ROOT / name, *flags]
-    done = subprocess.run([*map(str, command)], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, **more)
-    assert not check or done.returncode == 0, done.stdout[-4000:]
-    return done
+    command = [*map(str, [sys.executable, *torchrun * (ranks > 1), ROOT / name, *flags])]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more) as run:
+        late = Timer(timeout, run.terminate)         # torchrun then ends ranks that wait for each other
+        late.daemon = True
+        late.start()
+        text = run.communicate()[0]
+        late.cancel()
+    assert not check or run.returncode == 0, text[-4000:]
+    return subprocess.CompletedProcess(command, run.returncode, text)
 
 
 def say_verdict(verdict, score):

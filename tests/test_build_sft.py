@@ -136,7 +136,8 @@ def principles(tmp_path):
              principles=QUESTIONS, task="colour") for i in range(9)])
 
 
-MODELS = dict(editors=("--editors", "x/strong", "x/weak"), pool=("--pool", "x/a", "x/b"), inspector=("--inspector", "x/i"))
+MODELS = dict(editors=("--editors", "x/strong", "x/weak"), pool=("--pool", "x/a", "x/b"),
+              inspector=("--inspector", "x/i"))
 
 
 @pytest.fixture
@@ -165,8 +166,8 @@ def test_three_steps(run):
     out, text = run("out")
     done = {step: read_rows(out / f"{step}.jsonl") for step in STEPS}
     failed = {step: read_rows(out / f"{step}.failed.jsonl") for step in STEPS}
-    ids = [f"{i}/{editor}/{k}" for editor in ("strong", "weak") for i in ("r/0", "r/1", "r/2", "r/3", "r/4", "r_6", "r/8")
-           for k in range(2)]
+    ids = [f"{i}/{editor}/{k}" for editor in ("strong", "weak")
+           for i in ("r/0", "r/1", "r/2", "r/3", "r/4", "r_6", "r/8") for k in range(2)]
     assert [row["id"] for row in done["candidates"]] == ids
     assert {row["id"][:3] for row in failed["candidates"]} == {"r/5", "r/6"} and len(failed["candidates"]) == 8
     assert {row["id"][:3] for row in failed["traces"]} == {"r/3", "r_6"} and len(failed["traces"]) == 8
@@ -283,7 +284,8 @@ def test_a_pipeline_gets_what_it_knows():
     class Qwen:
         transformer = SimpleNamespace(config=dict(guidance_embeds=False))
 
-        def __call__(self, image, prompt, negative_prompt=None, true_cfg_scale=4.0, height=None, width=None, generator=None):
+        def __call__(self, image, prompt, negative_prompt=None, true_cfg_scale=4.0, height=None, width=None,
+                     generator=None):
             calls.append((prompt, width, height, negative_prompt, true_cfg_scale))
             return SimpleNamespace(images=[*zip(image, generator)])
 
@@ -313,7 +315,8 @@ def test_the_toy_s_own_models(tmp_path, run_here):
                     "--out", tmp_path / "out", "--steps", 2, "--seeds", 1)
     rows = read_rows(tmp_path / "out/sft.jsonl")
     assert "rows in 6, done 6, skipped 0, failed 0" in text.splitlines()[-2] and text.splitlines()[-1].endswith("%")
-    assert len(rows) == 6 and all(len(row["gold"]) == len(row["principles"]) and len(row["traces"]) == 2 for row in rows)
+    assert len(rows) == 6
+    assert all(len(row["gold"]) == len(row["principles"]) and len(row["traces"]) == 2 for row in rows)
 
 
 # ---------------------------------------------------------------- bad input
@@ -321,9 +324,10 @@ def test_the_toy_s_own_models(tmp_path, run_here):
 def test_bad_input_stops_at_once(run, principles, tmp_path, run_here):
     """One line that names the file, the line and what to do; no model is asked."""
     good = Path(principles).read_text()
-    for lines, message in ((good[:-9], "line 9: .*decompose.py"), (good + good.splitlines()[0], "line 10: the id 'r/0' stands"),
+    for lines, message in ((good[:-9], "line 9: .*decompose.py"), ("", "empty.*decompose.py"),
+                           (good + good.splitlines()[0], "line 10: the id 'r/0' stands there twice"),
                            ('{"id": 1, "source": "x.png", "instruction": "x"}\n', "line 1: no field principles"),
-                           ("", "empty.*decompose.py"), (good.replace("category", "kind", 1), "line 1: principles are")):
+                           (good.replace("category", "kind", 1), "line 1: principles are")):
         Path(principles).write_text(lines)
         with pytest.raises(SystemExit, match=f"{principles}.*{message}") as stop:
             run("out")

@@ -52,7 +52,7 @@ def test_two_thousand_ugly_replies():
         text = json.dumps(FOUR + [{"question": f"{rng.random()}?", "category": "keep"}] * rng.randrange(2))
         for _ in range(rng.randrange(4)):
             i = rng.randrange(len(text) + 1)
-            piece = rng.choice(["[", "]", "{", "}", '"', ",", ":", "\\", "null", "1e999", "NaN", "[{", "}]", "\x00", "☃"])
+            piece = rng.choice(["[", "]", "{", "}", '"', ",", ":", "\\", "null", "1e999", "NaN", "[{", "\x00", "☃"])
             text = rng.choice([text[:i] + piece + text[i:], text[:i] + text[i + 3:], text[:i], text + text[i:]])
         if rows := D.parse_principles(text):
             read += 1
@@ -166,7 +166,8 @@ def test_killed_at_random_moments(run, monkeypatch):
         with open(out, "ab") as file:
             file.write(whole[0].read_bytes()[:rng.randrange(1, 99)])
     run("out")
-    assert [path.read_bytes() for path in whole[:2]] == [out.read_bytes(), out.with_suffix(".failed.jsonl").read_bytes()]
+    assert whole[0].read_bytes() == out.read_bytes()
+    assert whole[1].read_bytes() == out.with_suffix(".failed.jsonl").read_bytes()
 
 
 def test_two_ranks_write_the_same_rows(run, monkeypatch):
@@ -199,8 +200,9 @@ def test_the_toy_teacher(toy_rows, run_here):
 def test_bad_input_stops_at_once(edits, tmp_path, run, run_here):
     """One line that names the file, the line and what to do; nothing is asked."""
     good = Path(edits).read_text()
-    for lines, message in ((good[:-9], "line 12: .*It holds"), (good + good.splitlines()[0], "line 13: the id 'r0' stands"),
-                           (good + '{"id": "new", "source": "x.png"}\n', "line 13: no field instruction"), ("", "empty"),
+    for lines, message in ((good[:-9], "line 12: .*It holds"), ("", "empty.*It holds"),
+                           (good + good.splitlines()[0], "line 13: the id 'r0' stands there twice"),
+                           (good + '{"id": "new", "source": "x.png"}\n', "line 13: no field instruction"),
                            (good.replace("make it red", "make it <|image_pad|>"), r"line 3: <\|")):
         Path(edits).write_text(lines)
         with pytest.raises(SystemExit, match=f"{edits}.*{message}") as stop:
@@ -208,7 +210,8 @@ def test_bad_input_stops_at_once(edits, tmp_path, run, run_here):
         assert "\n" not in str(stop.value) and not ASKED
     Path(edits).write_text(good)
     (tmp_path / "deep").mkdir()
-    for flags, message in ((["--out", edits], "another file"), (["--out", tmp_path / "deep/out"], "in the folder of --edits"),
+    for flags, message in ((["--out", edits], "another file"),
+                           (["--out", tmp_path / "deep/out"], "in the folder of --edits"),
                            (["--edits", tmp_path / "no.jsonl"], "no.jsonl.*{id, source, instruction}")):
         with pytest.raises(SystemExit, match=message):
             run("out", *flags)

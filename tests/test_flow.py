@@ -17,22 +17,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import (AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline,
-                       FluxTransformer2DModel)
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributions import Normal, kl_divergence
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import evaluate
+import pretrain_editor
 import train_flow_grpo as F
 from conftest import ROOT, read_rows, run_script, say_verdict, write_rows
 
-NAN, SIZE, TEXT = math.nan, 16, 12
+NAN, SIZE, SHAPE = math.nan, 32, (4, 32)            # a picture's latent: S tokens of C numbers
 LORA = "lora/pytorch_lora_weights.safetensors"
-SMALL = ("--toy", "--size", SIZE, "--group_size", 3, "--prompts_per_step", 4, "--updates", 2, "--lora_rank", 4,
+SMALL = ("--toy", "--group_size", 3, "--prompts_per_step", 4, "--updates", 2, "--lora_rank", 4,
          "--lr", 1e-2, "--clip_eps", 1e-2, "--batch", 5, "--micro", 4, "--held_out", 2, "--steps", 3, "--every", 2)
 
 
@@ -70,6 +68,8 @@ def test_the_marginals(sigma, sigma_next):
         assert share == pytest.approx(1 - sigma_next, abs=1e-6)
         assert noise ** 2 + std ** 2 == pytest.approx(sigma_next ** 2 + more, rel=1e-4, abs=1e-6)
     assert moments(F.sde_step, sigma, sigma_next, 0.7)[2] == pytest.approx(math.sqrt(-dt * s2), rel=1e-5)
+    std = sigma_next * math.sin(0.7 * math.pi / 2)
+    assert moments(F.cps_step, sigma, sigma_next, 0.7)[2] == pytest.approx(std, rel=1e-5)
 
 
 @pytest.mark.parametrize("step, extra", [(F.sde_step, 0.09 * 0.6 / 0.4 * (0.01 / 0.6)), (F.cps_step, 0)])
@@ -121,26 +121,13 @@ def test_clipped_surrogate_stops_only_what_has_gone_too_far():
 
 @pytest.fixture(scope="session")
 def editor(tmp_path_factory):
-    """Folder of a random FLUX.1-Kontext: a 16x16 picture is 4x4 tokens."""
+    """Folder of an untrained, smaller toy editor: a 32x32 picture is 2x2 tokens."""
     torch.manual_seed(0)
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(bytes_)}, merges=[]))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="!", eos_token="!", model_max_length=TEXT)
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=TEXT, projection_dim=32, bos_token_id=0, eos_token_id=2))
-    t5 = T5EncoderModel(T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=1,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.5)
-    transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     folder = tmp_path_factory.mktemp("models") / "editor"
-    FluxKontextPipeline(scheduler, vae, clip, words, t5, words, transformer).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(WIDTH=32, HEADS=1, SINGLE_BLOCKS=1, TEXT_WIDTH=32, VAE_CHANNELS=8).items():
+            patch.setattr(pretrain_editor, name, value)
+        pretrain_editor.build_pipeline(pretrain_editor.build_vae()).save_pretrained(folder)
     return str(folder)
 
 
@@ -172,21 +159,21 @@ def setting(editor, prompts):
     """(pipe, args, four rows with pictures, cond, sigmas)"""
     pipe, args = F.load_editor(editor, torch.device("cpu")), settings(prompts)
     rows, cond = F.read_prompts(args, read_rows(prompts)[:4], torch.device("cpu"), pipe)
-    return pipe, args, rows, cond, F.noise_levels(pipe, 16, 6)
+    return pipe, args, rows, cond, F.noise_levels(pipe, 4, 6)
 
 
 def test_without_noise_the_sampler_is_the_stock_pipeline(setting):
     """From the same noise the latents and pictures of FluxKontextPipeline, for one prompt and for three."""
     pipe, args, rows, cond, sigmas = setting
-    noise, window = torch.randn(4, 16, 16), dict(window=range(1, 3), noise=torch.randn(4, 2, 16, 16))
+    noise = torch.randn(4, *SHAPE)
     for some in (slice(2, 3), slice(0, 3)):
         options = dict(image=[r["picture"] for r in rows[some]], prompt=[r["instruction"] for r in rows[some]],
                        height=SIZE, width=SIZE, max_area=SIZE ** 2, _auto_resize=False, num_inference_steps=6,
-                       guidance_scale=F.GUIDANCE, latents=noise[some], max_sequence_length=TEXT)
+                       guidance_scale=F.GUIDANCE, latents=noise[some], max_sequence_length=16)
         latents, pictures = pipe(**options, output_type="latent").images, pipe(**options).images
         told = {name: value[some] for name, value in cond.items()}
         args.noise_level = 0.0
-        window = dict(window=range(1, 3), noise=torch.randn(len(latents), 2, 16, 16))
+        window = dict(window=range(1, 3), noise=torch.randn(len(latents), 2, *SHAPE))
         for more in ({}, window):                                # the ODE, and the SDE without noise
             x, path = F.denoise(pipe, told, noise[some], sigmas, args, **more)
             assert (x - latents).abs().max() < 1e-5 and len(path) == len(more)
@@ -219,26 +206,30 @@ def test_update_meets_ratio_one_and_the_exact_kl(setting, sampler, monkeypatch):
     optimizer = torch.optim.SGD(params, lr=0.0)
     ratios, found, norm = F.update(pipe, params, optimizer, cond, path, advantages, args)
     assert len(ratios) == 4 * 2 and max(abs(r - 1) for r in ratios) < 1e-6 and norm > 0
-    assert found > 1e-3 and found == pytest.approx(torch.stack(kl)[:, (advantages != 0).flatten()].mean().item(), rel=1e-4)
+    kl = torch.stack(kl)[:, (advantages != 0).flatten()].mean().item()
+    assert found > 1e-3 and found == pytest.approx(kl, rel=1e-4)
     assert len(calls) == 2 * (4 + 2)                  # 4 edits in micros of 3, then 2, each of 2 steps, with a base
     args.beta = 0
-    assert F.update(pipe, params, optimizer, cond, path, advantages, args)[1] == 0 and len(calls) == 12 + 6
+    _, found, other = F.update(pipe, params, optimizer, cond, path, advantages, args)
+    assert found == 0 and len(calls) == 12 + 6 and abs(other - norm) > 1e-4 * norm
 
 
 def test_noise_depends_on_prompt_step_and_k_alone(setting):
-    """A prompt's edits are the same in any batch, differ within the group and between steps; one window a step."""
+    """A prompt's edits are the same in any batch, and differ within the group and between steps."""
     pipe, args, rows, cond, sigmas = setting
 
     def draw(numbers, step, **changes):
         args.__dict__.update(changes)
         told = {name: value[numbers] for name, value in cond.items()}
         path = F.rollout_edits(pipe, [rows[i] for i in numbers], told, sigmas, step, args)[1]
-        return path[1][3].view(len(numbers), 3, 16, 16), path[0][0].item()
+        return path[1][3].view(len(numbers), 3, *SHAPE), path[0][0].item(), path[0][2][0]
 
-    (four, _), (third, _), (later, _) = draw([0, 1, 2, 3], 0), draw([2], 0, batch=12), draw([2], 1)
-    assert torch.allclose(four[2], third[0], atol=1e-5)
-    assert (third[0, 0] - third[0, 1]).abs().mean() > 0.1 and (third - later).abs().mean() > 0.1
-    assert {draw([0], step)[1] for step in range(8)} == {*sigmas[:2].tolist()}      # the first half of six steps
+    (four, *_), (third, *_) = draw([0, 1, 2, 3], 0), draw([2], 0, batch=12)
+    assert torch.allclose(four[2], third[0], atol=1e-5) and (third[0, 0] - third[0, 1]).abs().mean() > 0.1
+    _, starts, noise = zip(*(draw([0], step) for step in range(8)))
+    assert {*starts} == {*sigmas[:2].tolist()}                   # the first half of six steps
+    fresh = torch.stack([x for x, sigma in zip(noise, starts) if sigma == 1])
+    assert len(fresh) > 1 and fresh.std(0).mean() > 0.5
 
 
 def test_lora_file(editor, setting, tmp_path):
@@ -274,7 +265,7 @@ def test_lora_file(editor, setting, tmp_path):
 
 class Reward(BaseHTTPRequestHandler):
     """An RRM that likes red: the more red and the less blue the edit, the higher its score."""
-    spoil = None                                                  # what a test makes of a score
+    asked, spoil = [], None                                       # spoil: what a test makes of a reply
 
     def log_message(self, *_):
         pass
@@ -282,6 +273,7 @@ class Reward(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["temperature"] == 0
+        self.asked.append(1)
         source, edit = [part["image_url"]["url"] for part in body["messages"][0]["content"] if "image_url" in part]
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(edit.partition(",")[2]))), dtype=float)
         reply = say_verdict([1, 1], round(5 + (pixels[..., 0] - pixels[..., 2]).mean() / 51, 3))
@@ -343,32 +335,35 @@ def test_run_writes_what_it_promises(straight):
 
 def test_two_ranks_are_one(straight, flags, tmp_path):
     """The LoRA of one rank after three steps of two updates each, and the rewards of both."""
+    asked = len(Reward.asked)
     run_script("train_flow_grpo.py", *flags, tmp_path, ranks=2, timeout=120)
+    assert len(Reward.asked) - asked == 3 * 12 + 3 * 2           # each edit is one rank's; rank 0 has the held-out ones
     assert lora_difference(straight[0], tmp_path) < 1e-5
     a, b = ([{k: v for k, v in row.items() if k not in ("kl", "first_ratio_off")}     # of rank 0's share alone
              for row in read_rows(out / "metrics.jsonl")] for out in (straight[0], tmp_path))
     assert a == [pytest.approx(row, abs=1e-3) for row in b]
 
 
-def main_killed_after(seconds):
-    """In a process of its own: the run, and kill -9 so long after it has opened its folder."""
-    start_run, timer = F.start_run, threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    F.start_run = lambda *args: (timer.start(), start_run(*args))[1]
+def main_killed_after(n_rows, seconds):
+    """In a process of its own: the run, and kill -9 so long after so many rows of metrics."""
+    log_step, timer, logged = F.log_step, threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)), []
+    F.log_step = lambda *args: (log_step(*args), logged.append(1), len(logged) == n_rows and timer.start())
     F.main()
 
 
 def test_killed_at_five_random_moments(straight, flags, tmp_path, run_here, monkeypatch):
     """kill -9, --resume, five times over: in the end the very LoRA and rows of the uninterrupted run."""
     monkeypatch.setattr(sys, "argv", [F.__file__, *map(str, flags), str(tmp_path), "--resume"])
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["diffusers.pipelines.flux.pipeline_flux_kontext", "pytest", "evaluate",
+    context, rng, codes = multiprocessing.get_context("forkserver"), random.Random(0), []
+    context.set_forkserver_preload(["tests.conftest", "diffusers.pipelines.flux.pipeline_flux_kontext", "evaluate",
                                     "train_flow_grpo", "train_sft", "train_gcpo"])
-    begun, ended = ((straight[0] / name).stat().st_mtime for name in ("config.json", "metrics.jsonl"))
-    for _ in range(5):
-        process = context.Process(target=main_killed_after, args=[rng.uniform(0, 0.6 * (ended - begun))])
+    for n_rows in (1, 2, 4, 1, 2):                                # two of them without a state, two that begin from one
+        process = context.Process(target=main_killed_after, args=[n_rows, rng.uniform(0, 0.05)])
         process.start()
         process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+        codes.append(process.exitcode)
+        assert (tmp_path / "state.pt").exists() == (len(codes) > 2)
+    assert codes.count(-signal.SIGKILL) > 3
     run_here(F, *flags, tmp_path, "--resume")
     assert lora_difference(straight[0], tmp_path) == 0
     assert read_rows(tmp_path / "metrics.jsonl") == read_rows(straight[0] / "metrics.jsonl")
@@ -377,9 +372,17 @@ def test_killed_at_five_random_moments(straight, flags, tmp_path, run_here, monk
 def test_only_the_prompts_of_a_step_are_encoded(flags, tmp_path, run_here, monkeypatch):
     """Never all rows: their encodings would not fit into memory."""
     encode, seen = F.encode_prompts, []
-    monkeypatch.setattr(F, "encode_prompts", lambda pipe, rows, *more: (seen.append(len(rows)), encode(pipe, rows, *more))[1])
+    monkeypatch.setattr(F, "encode_prompts",
+                        lambda pipe, rows, device: seen.append(len(rows)) or encode(pipe, rows, device))
     run_here(F, *flags, tmp_path)
     assert seen == [2, 4, 4, 2, 4, 2]                            # held out, step, step, held out, step, held out
+
+
+def test_held_out_edits_differ_by_the_lora_alone(flags, tmp_path, run_here):
+    """They always begin from the same noise: at a learning rate of 0 they stay what they were."""
+    run_here(F, *flags, tmp_path, "--lr", 0, "--steps", 1, "--every", 1)
+    one, two = (sorted((tmp_path / f"samples/step_{step:06d}").glob("*.png")) for step in (0, 1))
+    assert len(one) == 2 and [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
 def test_what_cannot_be_read_is_left_out(flags, tmp_path, run_here, monkeypatch):
@@ -403,51 +406,43 @@ def test_without_any_verdict_the_run_stops(flags, vlm, tmp_path, run_here, monke
 
 
 def test_it_learns(flags, tmp_path, run_here):
-    """Fifteen steps towards red: the held-out edits, which are never trained on, follow."""
-    run_here(F, *flags, tmp_path, "--steps", 15, "--group_size", 6, "--beta", 0, "--every", 15, "--lr", 3e-2, "--batch", 24,
-             "--micro", 48)
+    """Towards red in sixteen steps: the held-out edits, which are never trained on, follow."""
+    run_here(F, *flags, tmp_path, "--steps", 16, "--group_size", 6, "--beta", 0, "--every", 16, "--lr", 0.1,
+             "--batch", 24, "--micro", 24)
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert rows[-1]["held_reward"] > rows[0]["held_reward"] + 2 * rows[1]["group_std"], rows
+    assert rows[-1]["held_reward"] > rows[0]["held_reward"] + rows[1]["group_std"], rows
 
 
 # ---------------------------------------------------------------- bad input
 
-def cut(rows):
-    """A picture, cut in the middle."""
-    whole = Path(rows[3]["source"])
-    rows[3]["source"] = str(whole.with_name("cut.png"))
-    whole.with_name("cut.png").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda rows: rows[3].pop("principles"), "line 4: no field principles. Mend .* Run decompose.py"),
-    (lambda rows: rows[3].update(id="row0"), "line 4: the id 'row0' stands there twice. Mend "),
-    (lambda rows: rows[3].update(source="nowhere.png"), "row row3: source .*nowhere.png .*Restore the picture"),
-    (cut, "row row3: source .*cut.png .*truncated.*Restore the picture"),
-    (lambda rows: rows.clear(), "empty. .*Run decompose.py first")])
-def test_bad_rows_stop_the_run_with_one_line(change, message, flags, prompts, tmp_path, run_here):
+def test_bad_input_stops_the_run_with_one_line(straight, flags, prompts, editor, tmp_path, run_here):
+    """It names the file, the row and what to do, before anything is written."""
     rows = [row | dict(source=str(Path(prompts).parent / row["source"])) for row in read_rows(prompts)]
-    change(rows)
-    path = write_rows(tmp_path / "principles.jsonl", rows)
-    with pytest.raises(SystemExit, match=f"{path}.*{message}") as stop:
-        run_here(F, *flags, tmp_path / "out", "--prompts", path)
-    assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
+    (tmp_path / "cut.png").write_bytes(Path(rows[3]["source"]).read_bytes()[:99])
+    (tmp_path / "torn").write_text(Path(prompts).read_text()[:-20])
+    (tmp_path / "empty").write_text("")
 
+    def fourth(**change):
+        row = {key: value for key, value in (rows[3] | change).items() if value is not None}
+        return ["--prompts", write_rows(tmp_path / "rows", [*rows[:3], row, *rows[4:]])]
 
-def test_bad_files_folders_and_flags_stop_the_run_with_one_line(straight, flags, prompts, editor, tmp_path, run_here):
-    torn = tmp_path / "torn.jsonl"
-    torn.write_text(Path(prompts).read_text()[:-20])
     for more, message in (
-            (["--prompts", torn], "torn.jsonl, line 24: .*Mend .* Run decompose.py"),
-            (["--prompts", tmp_path / "no.jsonl"], "no.jsonl.* Run decompose.py first"),
-            (["--editor", tmp_path], f"{tmp_path} is no editor"),
-            (["--editor", ROOT / "toy/models/vlm"], "toy/models/vlm is no editor"),
-            (["--reward", editor], f"{editor} is no Qwen2.5-VL"),
-            (["--prompts_per_step", 3], "--prompts_per_step must be a multiple of ranks x updates = 2"),
-            (["--prompts_per_step", 24], "at most the 22 training prompts"),
-            (["--sde_window", 4], "--sde_window must fit into the first half"),
-            (["--size", 20], "--size be a multiple of 16"), (["--held_out", 0], "at most the 0 training"),
-            ([], f"{straight[0]} holds an earlier run: --resume it, or give another")):
+            (lambda: fourth(principles=None), "rows, line 4: no field principles.*Run decompose.py"),
+            (lambda: fourth(id="row0"), "rows, line 4: the id 'row0' stands there twice"),
+            (lambda: fourth(source="no.png"), "rows, row row3: source .*no.png does not open .*Restore the picture"),
+            (lambda: fourth(source="cut.png"), "rows, row row3: source .*cut.png does not open .*truncated"),
+            (lambda: ["--prompts", tmp_path / "torn"], "torn, line 24: .*Run decompose.py"),
+            (lambda: ["--prompts", tmp_path / "empty"], "empty.* empty.*Run decompose.py"),
+            (lambda: ["--prompts", tmp_path / "no.jsonl"], "no.jsonl.* Run decompose.py"),
+            (lambda: ["--editor", tmp_path], f"{tmp_path} is no editor"),
+            (lambda: ["--editor", ROOT / "toy/models/vlm"], "toy/models/vlm is no editor"),
+            (lambda: ["--reward", editor], f"{editor} is no Qwen2.5-VL"),
+            (lambda: ["--prompts_per_step", 3], "--prompts_per_step must be a multiple of ranks x updates = 2"),
+            (lambda: ["--prompts_per_step", 24], "at most the 22 training prompts"),
+            (lambda: ["--held_out", 0], "at most the 0 training prompts"),
+            (lambda: ["--sde_window", 4], "--sde_window must fit into the first half"),
+            (lambda: ["--size", 20], "--size be a multiple of 16"),
+            (lambda: ["--out", straight[0]], f"{straight[0]} holds an earlier run: --resume it")):
         with pytest.raises(SystemExit, match=message) as stop:
-            run_here(F, *flags, straight[0], *more)
-        assert "\n" not in str(stop.value)
+            run_here(F, *flags, tmp_path / "out", *more())
+        assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()

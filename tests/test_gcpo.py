@@ -300,7 +300,8 @@ def metrics_agree(out_a, out_b):
 
 def test_two_ranks_are_one(straight, vlm, pairs, tmp_path):
     """The weights of one rank after five steps, although no rank has as many pairs or passes as the other."""
-    run_script("train_gcpo.py", *SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path, ranks=2)
+    run_script("train_gcpo.py", *SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path, ranks=2,
+               timeout=120)
     assert weight_difference(straight[0], tmp_path) < 1e-5 and metrics_agree(straight[0], tmp_path)
 
 
@@ -308,7 +309,7 @@ def test_two_ranks_go_on_where_one_stopped_and_with_qwen3(vlm3, pairs, tmp_path,
     flags = (*SMALL, "--pairs", pairs, "--model", vlm3)
     run_here(G, *flags, "--out", tmp_path / "one")
     run_here(G, *flags, "--steps", 2, "--out", tmp_path / "two")
-    run_script("train_gcpo.py", *flags, "--out", tmp_path / "two", "--resume", ranks=2)
+    run_script("train_gcpo.py", *flags, "--out", tmp_path / "two", "--resume", ranks=2, timeout=120)
     assert weight_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert metrics_agree(tmp_path / "one", tmp_path / "two")
 

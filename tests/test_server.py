@@ -22,8 +22,8 @@ def choices(text):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the words of the request; `seen` holds the bodies, `ready` lets go what hangs."""
-    seen, ready = [], threading.Event()
+    """Answers by the words of the request; `seen` holds the bodies, `busy` how many were under way."""
+    seen, busy, ready = [], [0], threading.Event()
 
     def log_message(self, *_):
         pass
@@ -35,7 +35,9 @@ class Handler(BaseHTTPRequestHandler):
         kind, _, number = text.partition(" ")
         tries = sum(body["messages"] == other["messages"] for other in self.seen)
         if kind == "slow":                                        # the first to ask is the last to be answered
-            self.ready.wait(0.2 - 0.01 * int(number))
+            self.busy.append(self.busy[-1] + 1)
+            self.ready.wait(0.3 - 0.01 * int(number))
+            self.busy.append(self.busy[-1] - 1)
         if kind == "hang":
             self.ready.wait(20)
         reply = json.dumps(choices(None if kind == "null" else f"reply to {text}"))
@@ -80,7 +82,7 @@ def test_replies_come_in_order_whichever_is_first(server, waits):
     """Twenty requests, sixteen under way at a time, the early ones slower."""
     asked = [f"slow {i}" for i in range(20)]
     assert E.ask_server(server, [chat(text) for text in asked], 9, 0, 0) == [f"reply to {text}" for text in asked]
-    assert waits == [] and len(Handler.seen) == 20
+    assert waits == [] and len(Handler.seen) == 20 and 4 < max(Handler.busy) <= 16
 
 
 def test_a_request_says_all_that_a_local_model_would_get(server, waits):
@@ -154,20 +156,31 @@ def test_greedy_is_the_most_probable_token_after_another(setting):
 
 
 def test_samples_follow_the_model_s_own_distribution(setting):
-    """400 first tokens at temperature 0.7: as often as softmax says, the rare ones too; never a placeholder."""
+    """400 first tokens at temperature 0.5: as often as softmax says, the rare ones too; never a placeholder."""
     _, model, encode, chats = setting
-    decode, drawn = encode.tokenizer.batch_decode, []
-    encode.tokenizer.batch_decode = lambda tokens, **_: drawn.append(tokens) or [""]
-    hook = model.lm_head.register_forward_hook(
-        lambda _, args, logits: logits.index_fill(-1, torch.tensor(encode.banned), 30.0))
+    decode, drawn, banned = encode.tokenizer.batch_decode, [], torch.tensor(encode.banned)
+    encode.tokenizer.batch_decode = lambda tokens, **_: drawn.append(tokens[:, 0]) or [""]
+    hook = model.lm_head.register_forward_hook(lambda _, args, logits: logits.index_fill(-1, banned, 30.0))
     with torch.no_grad():
-        logits = model(**encode(chats[:1])).logits[0, -1].index_fill(0, torch.tensor(encode.banned), -torch.inf)
-    E.ask_model(model, encode, chats[:1] * 400, 1, 0.7, 0)
+        logits = model(**encode(chats[:1])).logits[0, -1].index_fill(0, banned, -torch.inf)
+    E.ask_model(model, encode, chats[:1] * 400, 1, 0.5, 0)
     hook.remove()
     encode.tokenizer.batch_decode = decode
-    share, p = torch.bincount(drawn[0][:, 0], minlength=len(logits)) / 400, (logits / 0.7).softmax(0)
+    share, p = torch.bincount(drawn[0], minlength=len(logits)) / 400, (logits / 0.5).softmax(0)
     assert ((share - p).abs() < 5 * (p * (1 - p) / 400).sqrt() + 4 / 400).all()
-    assert share[p.argsort(descending=True)[50:]].sum() > 0 and share[encode.banned].sum() == 0
+    assert share[p.argsort(descending=True)[50:]].sum() > 0 and share[banned].sum() == 0
+    assert (p.log() - logits.log_softmax(0))[drawn[0]].mean() > 0                # nearer to 0.5 than to 1
+
+
+def test_eos_or_pad_ends_a_reply(setting):
+    """Stock models may write either; the reply is then over, and empty."""
+    _, model, encode, chats = setting
+    for end in encode.ends:
+        calls = []
+        hook = model.lm_head.register_forward_hook(
+            lambda _, args, logits: (calls.append(1), logits.index_fill(-1, torch.tensor([end]), 30.0))[1])
+        assert E.ask_model(model, encode, chats, 9, 0, 0) == ["", "", ""] and len(calls) == 1
+        hook.remove()
 
 
 def test_one_seed_one_reply(setting):

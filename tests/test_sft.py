@@ -62,7 +62,8 @@ def test_loss_is_the_policy_s_own_log_probability(setting):
     want = -G.verdict_logps(model, encode, chats, tokens, keep).sum(1)
     assert S.verdict_loss(model, encode, chats, texts).item() == pytest.approx(want.sum().item(), rel=1e-5)
     for i in range(5):
-        assert S.verdict_loss(model, encode, chats[i:i + 1], texts[i:i + 1]).item() == pytest.approx(want[i].item(), rel=1e-5)
+        alone = S.verdict_loss(model, encode, chats[i:i + 1], texts[i:i + 1])
+        assert alone.item() == pytest.approx(want[i].item(), rel=1e-5)
 
 
 def test_only_logits_of_the_verdict_are_computed(setting):
@@ -106,12 +107,13 @@ def straight(vlm, sft, tmp_path_factory):
 
 
 def test_run_writes_what_it_promises(straight, vlm):
-    """Metrics, held-out replies, the failed row, and a model that stock transformers loads; the vision tower is frozen."""
+    """Metrics, held-out replies, the failed row, and a model for stock transformers; vision is frozen."""
     _, out, text = straight
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows if "held_loss" in row] == [0, 2, 4]
     assert [row["step"] for row in rows if "loss" in row] == [0, 1, 2, 3] and rows[-2]["loss"] < rows[1]["loss"]
     assert rows[-1]["held_loss"] < rows[0]["held_loss"] and "arning" not in text
+    assert rows[1]["loss"] == pytest.approx(rows[0]["held_loss"], rel=0.1)           # both a mean over tokens
     assert {path.name for path in (out / "samples").iterdir()} == {f"step_{s:06d}.json" for s in (0, 2, 4)}
     held = json.loads((out / "samples" / "step_000004.json").read_text())
     assert [row["id"] for row in held] == [row["id"] for row in read_rows(straight[0])[-5:]]
@@ -123,7 +125,8 @@ def test_run_writes_what_it_promises(straight, vlm):
     assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.float32}
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         name for name in before if "visual" not in name}
-    assert torch.equal(stock.get_input_embeddings().weight, next(after[name] for name in after if "embed_tokens" in name))
+    [embeddings] = [name for name in after if "embed_tokens" in name]
+    assert torch.equal(stock.get_input_embeddings().weight, after[embeddings])
 
 
 def test_held_out_sources_are_never_learned(straight, vlm, tmp_path, run_here, monkeypatch):
@@ -135,6 +138,14 @@ def test_held_out_sources_are_never_learned(straight, vlm, tmp_path, run_here, m
     assert len(learned) > 15 and not learned & {row["source"] for row in read_rows(straight[0])[-5:]}
 
 
+def test_the_schedule_is_the_optimizer_s(straight, vlm, tmp_path, run_here, monkeypatch):
+    """At a learning rate of 0 nothing moves."""
+    monkeypatch.setattr(S, "learning_rate", lambda step, steps, peak: 0.0)
+    run_here(S, *SMALL, "--data", straight[0], "--model", vlm, "--out", tmp_path)
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (vlm, tmp_path / "model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_two_ranks_are_one(straight, vlm, tmp_path):
     """The weights and metrics of one rank, although the ranks have different numbers of passes; and no hang."""
     data, out, _ = straight
@@ -144,10 +155,10 @@ def test_two_ranks_are_one(straight, vlm, tmp_path):
                                                 for row in read_rows(tmp_path / "metrics.jsonl")]
 
 
-def main_killed_after(seconds):
-    """In a process of its own: the run, and kill -9 so long after it has opened its folder."""
-    start_run, timer = S.start_run, Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    S.start_run = lambda *args: (timer.start(), start_run(*args))[1]
+def main_killed_after(n_rows, seconds):
+    """In a process of its own: the run, and kill -9 so long after so many rows of metrics."""
+    log_step, timer, logged = S.log_step, Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)), []
+    S.log_step = lambda *args: (log_step(*args), logged.append(1), len(logged) == n_rows and timer.start())
     S.main()
 
 
@@ -156,14 +167,15 @@ def test_killed_at_five_random_moments(straight, vlm, tmp_path, run_here, monkey
     data, out, _ = straight
     flags = [*map(str, (*SMALL, "--data", data, "--model", vlm, "--out", tmp_path, "--resume"))]
     monkeypatch.setattr(sys, "argv", [S.__file__, *flags])                           # the children take it over
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["pytest", "train_sft", "train_gcpo"])
-    begun, ended = ((out / name).stat().st_mtime for name in ("config.json", "model"))
-    for _ in range(5):
-        process = context.Process(target=main_killed_after, args=[rng.uniform(0, 0.6 * (ended - begun))])
+    context, rng, codes = multiprocessing.get_context("forkserver"), random.Random(0), []
+    context.set_forkserver_preload(["tests.conftest", "train_sft", "train_gcpo"])
+    for n_rows in (1, 2, 4, 1, 2):                                # two of them without a state, two that begin from one
+        process = context.Process(target=main_killed_after, args=[n_rows, rng.uniform(0, 0.05)])
         process.start()
         process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+        codes.append(process.exitcode)
+        assert (tmp_path / "state.pt").exists() == (len(codes) > 2)
+    assert codes.count(-signal.SIGKILL) > 3
     run_here(S, *flags)
     assert weight_difference(out, tmp_path) == 0
     assert read_rows(tmp_path / "metrics.jsonl") == read_rows(out / "metrics.jsonl")
@@ -183,38 +195,31 @@ def test_it_learns(sft, vlm3, tmp_path, run_here):
 
 # ---------------------------------------------------------------- bad input
 
-def cut(rows):
-    """A picture, cut in the middle."""
-    whole = Path(rows[3]["edit"])
-    rows[3]["edit"] = str(whole.with_name("cut.png"))
-    whole.with_name("cut.png").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda rows: rows[3].pop("text"), "line 4: no field text. Mend .* build_sft.py"),
-    (lambda rows: rows[3].update(id="row0/right/0"), "line 4: the id 'row0/right/0' stands there twice. Mend "),
-    (lambda rows: rows[3].update(edit="nowhere.png"), "row row1/wrong/0: edit .*nowhere.png .*Restore the picture"),
-    (cut, "row row1/wrong/0: edit .*cut.png .*truncated.*Restore the picture"),
-    (lambda rows: rows.clear(), "empty. .*build_sft.py"),
-    (lambda rows: rows.__delitem__(slice(12, None)), "1 rows failed .*too few .*--batch and --held_out"),
-    (lambda rows: [row.update(text="none") for row in rows], "48 rows failed .*no readable verdict")])
-def test_bad_rows_stop_the_run_with_one_line(change, message, straight, vlm, tmp_path, run_here):
+def test_bad_input_stops_the_run_with_one_line(straight, vlm, tmp_path, run_here):
+    """It names the file, the row and what to do, before anything is written."""
     rows = read_rows(straight[0])
-    change(rows)
-    path = write_rows(tmp_path / "sft.jsonl", rows)
-    with pytest.raises(SystemExit, match=f"{path}.*{message}") as stop:
-        run_here(S, *SMALL, "--data", path, "--model", vlm, "--out", tmp_path / "out")
-    assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
+    (tmp_path / "cut.png").write_bytes(Path(rows[3]["edit"]).read_bytes()[:99])
+    (tmp_path / "torn").write_text(Path(straight[0]).read_text()[:-20])
+    (tmp_path / "empty").write_text("")
 
+    def fourth(**change):
+        row = {key: value for key, value in (rows[3] | change).items() if value is not None}
+        return ["--data", write_rows(tmp_path / "rows", [*rows[:3], row, *rows[4:]])]
 
-def test_bad_files_and_folders_stop_the_run_with_one_line(straight, vlm, tmp_path, run_here):
-    (tmp_path / "torn.jsonl").write_text(Path(straight[0]).read_text()[:-20])
-    for data, model, message in (
-            (tmp_path / "torn.jsonl", vlm, "torn.jsonl, line 48: .*Mend .*build_sft.py"),
-            (tmp_path / "no.jsonl", vlm, "no.jsonl.*build_sft.py"),
-            (straight[0], tmp_path, f"{tmp_path} is no Qwen2.5-VL"),
-            (straight[0], ROOT / "toy/models/editor", "toy/models/editor is no Qwen2.5-VL"),
-            (straight[0], vlm, f"{straight[1]} holds an earlier run: --resume it, or give another")):
+    for more, message in (
+            (lambda: fourth(text=None), "rows, line 4: no field text. .*build_sft.py"),
+            (lambda: fourth(id=rows[0]["id"]), "rows, line 4: the id 'row0/right/0' stands there twice"),
+            (lambda: fourth(edit="no.png"), "rows, row row1/wrong/0: edit .*no.png does not open .*Restore"),
+            (lambda: fourth(edit="cut.png"), "rows, row row1/wrong/0: edit .*cut.png does not open .*truncated"),
+            (lambda: ["--data", write_rows(tmp_path / "few", rows[:12])], "few: 1 rows failed .*too few"),
+            (lambda: ["--data", write_rows(tmp_path / "bad", [row | dict(text="none") for row in rows])],
+             "bad: 48 rows failed .*no readable verdict"),
+            (lambda: ["--data", tmp_path / "torn"], "torn, line 48: .*build_sft.py"),
+            (lambda: ["--data", tmp_path / "empty"], "empty.* empty. .*build_sft.py"),
+            (lambda: ["--data", tmp_path / "no.jsonl"], "no.jsonl.*build_sft.py"),
+            (lambda: ["--model", tmp_path], f"{tmp_path} is no Qwen2.5-VL"),
+            (lambda: ["--model", ROOT / "toy/models/editor"], "toy/models/editor is no Qwen2.5-VL"),
+            (lambda: ["--out", straight[1]], f"{straight[1]} holds an earlier run: --resume it")):
         with pytest.raises(SystemExit, match=message) as stop:
-            run_here(S, *SMALL, "--data", data, "--model", model, "--out", straight[1])
-        assert "\n" not in str(stop.value)
+            run_here(S, *SMALL, "--data", straight[0], "--model", vlm, "--out", tmp_path / "out", *more())
+        assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()

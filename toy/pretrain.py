@@ -137,10 +137,9 @@ def wrong_scene(rng, scene, target):
         return list(scene)
     if fault == 1 and changed == 0:                             # another background
         shown[0] = rng.randrange(4)
-    elif fault == 1 and target[changed] >= 0:                   # half right: wrong shape or colour
-        shown[changed] = near_miss(rng, target[changed])
-    elif fault == 1:                                            # another colour instead of gone
-        shown[changed] = scene[changed] // 4 * 4 + rng.randrange(4)
+    elif fault == 1:            # half right: wrong shape or colour; another colour instead of gone
+        shown[changed] = (near_miss(rng, target[changed]) if target[changed] >= 0
+                          else scene[changed] // 4 * 4 + rng.randrange(4))
     elif fault == 2 and changed:                                # the right thing in a wrong place
         shown = list(scene)
         shown[place] = target[changed]

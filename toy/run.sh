@@ -7,6 +7,7 @@ out=${1:-runs/toy}
 data=$out/data
 models=toy/models
 rm -rf "$out"
+export OMP_WAIT_POLICY=PASSIVE    # threads that spin while they wait triple the time of a busy machine
 
 run() {
     printf '\n\033[1m$ %s\033[0m   (minute %d)\n' "$*" $((SECONDS / 60))

@@ -45,7 +45,7 @@ from huggingface_hub import InferenceClient
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-TOY = dict(seeds=2, steps=6, size=32, text_length=16, temperatures=(0.7, 1.0), samples=1,
+TOY = dict(seeds=2, steps=6, size=32, temperatures=(0.7, 1.0), samples=1,
            max_new=128, batch=48)
 
 
@@ -61,7 +61,6 @@ def parse_args():
     flags.add_argument("--steps", type=int, default=28, help="denoising steps")
     flags.add_argument("--guidance", type=float, default=2.5, help="Kontext's; Qwen's is 4")
     flags.add_argument("--size", type=int, default=0, help="of a square; 0: the editor's choice")
-    flags.add_argument("--text_length", type=int, default=512, help="T5 tokens, with padding")
     # b, c: verdicts
     flags.add_argument("--pool", nargs="+", default=[], help="VLMs: folders, hub ids or URLs")
     flags.add_argument("--temperatures", nargs="+", type=float, default=(0.3, 1.0), help="0 greedy")
@@ -79,38 +78,33 @@ def parse_args():
 # ---------------------------------------------------------------- the verdict
 
 VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
-doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
-a person are the person's own. Where a question contradicts the instruction, the instruction wins.
-What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
-The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
-useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+Judge how well the second image carries out the instruction on the first one. Say first what you
+see, then answer the questions, if any, one by one, 1 for yes, 0 for no or when in doubt. A change
+of degree must be plain to see, a removal complete, a move large. Left and right of a person are the
+person's own. Where a question contradicts the instruction, the instruction wins. What it leaves
+alone must stay: a thing changed, lost or invented costs more than a half-done edit. The score from
+0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is useless or
+unedited, 5 half usable, 8 nearly perfect. End with exactly these lines, the last one alone if there
+are no questions:
 [{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
 {"average_score": the share of ones}
-<score>your score</score>"""
-SCORE_RULES = """\
-Judge how well the second image carries out the instruction on the first one. Reason first: say what
-you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
-nearly perfect. End with exactly this line:
 <score>your score</score>"""
 
 
 def verdict_chat(source, edit, instruction, principles):
     """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles) or "none\n"
     return [{"role": "user", "content": [
         {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
         {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
+                                 f"{VERDICT_RULES}"}]}]
 
 
 def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+    """(0/1 per question, average in 0..1, score in 0..10) as last written in `text`, or None.
 
-    The last score counts, with the average and the list before it; nothing is guessed. Without
-    questions there is no list, and score / 10 stands in for the average.
+    Nothing is guessed. Without questions there is no list, and the average is score / 10.
     """
     number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
     average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
@@ -159,32 +153,15 @@ def parse_gold(text, n_questions):
     return None
 
 
-def agreement(trace, gold):
-    """Share of the principles that the trace answers as the inspector does."""
-    return sum(answer == truth for answer, truth in zip(trace["verdict"], gold)) / len(gold)
-
-
 def choose_trace(traces, gold):
     """(index, accuracy) of the trace nearest to gold; ties: average, then score, then index."""
+    accuracy = [sum(v == g for v, g in zip(t["verdict"], gold)) / len(gold) for t in traces]
     best = max(range(len(traces)), key=lambda i: (
-        agreement(traces[i], gold), traces[i]["average"], traces[i]["score"], -i))
-    return best, agreement(traces[best], gold)
+        accuracy[i], traces[i]["average"], traces[i]["score"], -i))
+    return best, accuracy[best]
 
 
 # ---------------------------------------------------------------- the three steps
-
-def open_pictures(path, rows, keys, work, max_pixels=512 * 28 * 28):
-    """work(rows, pictures) on the rows of `path` whose pictures open; an error for the others."""
-    gains, ready, pictures = {}, [], []
-    for row in rows:
-        try:
-            pictures.append([open_image(path, row, key, max_pixels) for key in keys])
-            ready.append(row)
-        except SystemExit as error:
-            gains[row["id"]] = dict(error=str(error))
-    gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else [])
-    return [gains[row["id"]] for row in rows]
-
 
 def make_edits(pipe, args, rows, pictures):
     """One edit of each row, saved where row["edit"] says; no row gains anything else."""
@@ -223,8 +200,8 @@ def choose_traces(ask, args, rows, pictures):
     """Step c: the inspector's gold, and the trace that is nearest to it."""
     chats = [inspector_chat(*pair, row["instruction"], row["principles"], row["traces"])
              for row, pair in zip(rows, pictures)]
-    gains, replies = [], ask(chats, args.max_new, 0, seed_of(args.seed, "inspect", rows[0]["id"]))
-    for row, reply in zip(rows, replies):
+    gains = []
+    for row, reply in zip(rows, ask(chats, args.max_new, 0, 0)):
         gold = isinstance(reply, str) and parse_gold(reply, len(row["principles"]))
         if gold:
             chosen, accuracy = choose_trace(row["traces"], gold)
@@ -242,125 +219,115 @@ def main():
                      "Run decompose.py first (README, stage 1).")
     if len({Path(editor).name for editor in args.editors}) < len(args.editors):
         raise SystemExit("Two --editors of one folder name: their edits would have the same ids.")
-    out, pictures = Path(args.out), ("source", "edit")
-    out.mkdir(parents=True, exist_ok=True)
-    candidates, traces, sft = (out / f"{step}.jsonl" for step in ("candidates", "traces", "sft"))
-    for path, runs in ((candidates, args.editors), (traces, args.pool), (sft, args.inspector)):
-        if runs:
-            start_file(path, rank)
+    Path(args.out, "images").mkdir(parents=True, exist_ok=True)
+    candidates, traces, sft = (Path(args.out, f"{step}.jsonl")
+                               for step in ("candidates", "traces", "sft"))
+    written = {path: start_file(path, rank) for path, runs in (
+        (candidates, args.editors), (traces, args.pool), (sft, args.inspector)) if runs}
 
-    # ---- a: quadruples, editor by editor; a rank goes on with its own without waiting for others
-    batches = []
+    # ---- a: quadruples, editor by editor
+    edits = []
     for editor in args.editors:
-        name, jobs = Path(editor).name, []
-        (out / "images" / name).mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            file = quote(str(row["id"]), safe="")
-            jobs.append([move_paths(row, ["source"], args.principles, candidates) | dict(
-                id=f"{row['id']}/{name}/{k}", edit=f"images/{name}/{file}_{k}.png", editor=name,
-                seed=k) for k in range(args.seeds)])
-        mine = cut(sum(jobs, []), args.batch)[rank::world]
-        pipe = load_editor(editor, device)
-        grow(candidates, mine, lambda batch: open_pictures(
-            candidates, batch, ["source"], partial(make_edits, pipe, args), 2 ** 24), rank)
-        batches += mine
+        pipe, name = load_editor(editor, device), Path(editor).name
+        jobs = [move_paths(row, ["source"], args.principles, candidates) | dict(
+            id=f"{row['id']}/{name}/{k}", editor=name, seed=k,
+            edit=f"images/{name}_{quote(str(row['id']), '')}_{k}.png")
+            for row in rows for k in range(args.seeds)]
+        jobs += [None] * (-len(jobs) % (args.batch * world))    # a rank will judge its own edits
+        edits += grow(candidates, written[candidates], jobs, ["source"],
+                      partial(make_edits, pipe, args), args.batch, max_pixels=2 ** 24)
 
     # ---- b: traces
     if args.pool:
-        known = finished_rows(candidates)
-        batches = batches or cut([*known.values()], args.batch)[rank::world]
-        batches = [[known[row["id"]] for row in batch if row["id"] in known] for batch in batches]
         pool = {vlm: connect(vlm, device) for vlm in args.pool}
-        grow(traces, batches, lambda batch: open_pictures(
-            candidates, batch, pictures, partial(write_traces, pool, args)), rank)
+        edits = edits or read_rows(candidates, ("edit",), "Use --editors.")
+        edits = grow(traces, written[traces], edits, ("source", "edit"),
+                     partial(write_traces, pool, args), args.batch)
 
     # ---- c: gold, and the trace to learn
     if args.inspector:
-        known = finished_rows(traces)
-        batches = batches or cut([*known.values()], args.batch)[rank::world]
-        batches = [[known[row["id"]] for row in batch if row["id"] in known] for batch in batches]
         ask = connect(args.inspector, device)
-        grow(sft, batches, lambda batch: open_pictures(
-            traces, batch, pictures, partial(choose_traces, ask, args)), rank)
-        share = [row["accuracy"] for row in finished_rows(sft).values()]
-        print(f"the chosen traces agree with the inspector: {sum(share) / max(1, len(share)):.1%}")
+        edits = edits if args.pool else read_rows(traces, ("traces",), "Use --pool.")
+        chosen = grow(sft, written[sft], edits, ("source", "edit"),
+                      partial(choose_traces, ask, args), args.batch)
+        share = [row["accuracy"] for row in chosen if row] or [math.nan]
+        print(f"the chosen traces agree with the inspector: {sum(share) / len(share):.1%}")
 
 
 # ---------------------------------------------------------------- helpers, the same in every script
 
 def read_rows(path, fields, made_by):
     """The rows of a JSONL file: every line whole, every id once, every field there."""
-    rows, number = {}, 0
+    rows = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
-            if missing := [name for name in ("id", *fields) if name not in row]:
-                raise ValueError(f"no field {', '.join(missing)}")
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} stands there twice")
-            if "<|" in row.get("instruction", "") + str(row.get("principles")):
-                raise ValueError("<| in instruction or principles would be read as a token")
-            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
-                raise ValueError("principles are [{question, category}, ...]")
+            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
+            missing = [name for name in ("id", *fields) if name not in row]
+            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
             rows[row["id"]] = row
-        if not rows:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        where = f"{path}, line {number}" if number else path
-        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
 
 
 def open_image(path, row, key, max_pixels=512 * 28 * 28):
     """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
-    file = Path(path).parent / str(row[key])
     try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        file = Image.open(Path(path).parent / str(row[key]))
+        image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
                          "Restore the picture or delete the row.")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
     return image
 
 
-def cut(rows, size):
-    """Batches by row number: a rerun, and any number of ranks, meet the same ones."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
-def finished_rows(path):
-    """{id: row} of a JSONL file that may still be growing: its whole lines."""
-    data = path.read_bytes() if path.exists() else b""
-    rows = map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())
-    return {row["id"]: row for row in rows}
-
-
 def start_file(path, rank):
-    """Before a run: cut off a last line torn by a kill; what failed will be tried again."""
-    if rank == 0 and path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    if rank == 0:
+    """{id: row} of a JSONL file that will go on growing, without a last line torn by a kill."""
+    path.touch()
+    lines = path.read_bytes()
+    lines = lines[:lines.rfind(b"\n") + 1]
+    if rank == 0:                                       # what failed will be tried again
+        os.truncate(path, len(lines))
         path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
+    return {row["id"]: row for row in map(json.loads, lines.splitlines())}
 
 
-def grow(path, batches, work, rank):
-    """Append row | gain to `path` for every row that it lacks: work(batch) -> a gain per row.
+def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
+    """Append row | gain to `path` for every row not yet `written`: work(rows, pictures) -> gains.
 
-    A gain with `error` sends its row to <name>.failed.jsonl. A batch is done whole or again.
+    A gain with `error`, a row whose pictures (its `keys`) do not open: to <name>.failed.jsonl.
+    Batches are cut by row number, and done whole or again: reruns and all ranks meet the same ones.
+    -> the rows as written, None for what failed and for the rows of other ranks
     """
-    written, counts = finished_rows(path), Counter()
-    for batch in tqdm(batches, path.stem, disable=rank > 0, leave=False):
-        todo = any(row["id"] not in written for row in batch)
-        for row, gain in zip(batch, work(batch) if todo else batch):
-            fate = "skipped" if row["id"] in written else "failed" if "error" in gain else "done"
+    rank, world, _ = find_rank()
+    counts = Counter()
+    for i in tqdm(range(rank * size, len(rows), world * size), path.stem, disable=rank > 0):
+        batch = [row for row in rows[i:i + size] if row]
+        ready, pictures, gains = [], [], {}
+        for row in batch if {row["id"] for row in batch} - {*written} else ():
+            try:
+                pictures.append([open_image(path, row, key, max_pixels) for key in keys])
+                ready.append(row)
+            except SystemExit as error:
+                gains[row["id"]] = dict(error=str(error))
+        gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else ())
+        for row in batch:
+            new = row | gains.get(row["id"], {})
+            fate = "skipped" if row["id"] in written else "failed" if "error" in new else "done"
             counts[fate] += 1
             if fate != "skipped":
-                target = path if fate == "done" else path.with_suffix(".failed.jsonl")
-                with open(target, "a") as file:
-                    file.write(json.dumps(row | gain) + "\n")
+                file = path if fate == "done" else path.with_suffix(".failed.jsonl")
+                with open(file, "a") as file:
+                    file.write(json.dumps(new) + "\n")
+            if fate == "done":
+                written[row["id"]] = new
     print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
           f"failed {counts['failed']}")
+    return [row and written.get(row["id"]) for row in rows]
 
 
 def move_paths(row, keys, old, new):
@@ -381,12 +348,10 @@ def load_vlm(folder, device, dtype):
     """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval(), Encoder(folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
-                         "Give a Hugging Face folder or hub id.")
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
 class Encoder:
@@ -396,33 +361,31 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id = self.tokenizer.pad_token_id
-        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
                               if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
-                                                   add_generation_prompt=True)
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
         texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]                                 # 3-D positions need the types
-        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
-                    mm_token_type_ids=(ids == self.banned[0]).int())
+        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
+        images = inputs["input_ids"] == self.banned[0]
+        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
+        return inputs
 
 
+@torch.no_grad()
 def ask_model(model, encode, chats, max_new, temperature, seed):
     """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
-    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
-    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    inputs = encode(chats).to(model.device)
+    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
-        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
-        **(draw if temperature else dict(do_sample=False)))
+        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
     torch.manual_seed(seed)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
-                                         enabled=model.device.type == "cuda"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
     tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -434,26 +397,26 @@ def ask_server(url, chats, max_new, temperature, seed):
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                              timeout=300)
 
-    def reply(chat):
-        content = [dict(part) for part in chat[0]["content"]]
-        for part in content:
+    def reply(chat, wait=1):
+        content = []
+        for part in chat[0]["content"]:
             if part["type"] == "image":
-                part.pop("image").save(png := io.BytesIO(), "PNG")
+                part["image"].save(png := io.BytesIO(), "PNG")
                 data = base64.b64encode(png.getvalue()).decode()
-                part |= dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-        for wait in (1, 2, 4, 0):
-            try:
-                return client.chat_completion(
-                    [dict(role="user", content=content)], model=name or "default", seed=seed,
-                    max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
-            except Exception as error:           # a network fails in more ways than one can list
-                failure = error
-                time.sleep(wait)
-        return failure
+                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+            content.append(part)
+        try:
+            return client.chat_completion(
+                [dict(role="user", content=content)], model=name or "default", seed=seed,
+                max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
+        except Exception as error:               # a network fails in more ways than one can list
+            if wait > 4:
+                return error
+        time.sleep(wait)
+        return reply(chat, 2 * wait)
 
-    with ThreadPoolExecutor(16) as pool:
-        replies = [*pool.map(reply, chats)]
-    if replies and all("Connect" in type(reply).__name__ for reply in replies):
+    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies
 
@@ -473,11 +436,12 @@ def load_editor(folder, device):
 
 
 def run_pipeline(pipe, sources, instructions, generators, args):
-    """One edit per source by the pipeline itself; args: steps, guidance, size, text_length."""
+    """One edit per source by the pipeline itself; args: steps, guidance, size."""
     knows, edits = inspect.signature(pipe.__call__).parameters, []
-    options = dict(num_inference_steps=args.steps, max_sequence_length=args.text_length)
+    options = dict(num_inference_steps=args.steps)
     if pipe.transformer.config.get("guidance_embeds"):       # Kontext: guidance is an input
-        options |= dict(guidance_scale=args.guidance)
+        options |= dict(guidance_scale=args.guidance,
+                        max_sequence_length=pipe.tokenizer_2.model_max_length)
     else:                                                    # Qwen-Image-Edit: two forwards
         options |= dict(true_cfg_scale=args.guidance, negative_prompt=" ")
     if args.size:

@@ -10,8 +10,8 @@ principles P = {p_k}: about ten yes/no questions, yes = good, by which every edi
     edits.jsonl {id, source, instruction}
       -> principles.jsonl {..., principles: [{question, category}, ...]}
 
-Rows of one source and instruction get the same principles. A rerun skips what is done; a row whose
-picture does not open or whose reply stays unreadable goes to <out>.failed.jsonl.
+A rerun skips what is done; a row whose picture does not open or whose reply stays unreadable goes
+to <out>.failed.jsonl.
 
     python decompose.py --toy --edits edits.jsonl --vlm toy/models/teacher --out principles.jsonl
     torchrun --nproc-per-node=8 decompose.py --edits edits.jsonl --vlm Qwen/Qwen2.5-VL-7B-Instruct \
@@ -46,7 +46,7 @@ def parse_args():
     flags.add_argument("--toy", action="store_true", help=f"for the toy world: {TOY}")
     flags.add_argument("--edits", required=True, help="edits.jsonl {id, source, instruction}")
     flags.add_argument("--vlm", required=True, help="folder, hub id or http://host:port/v1")
-    flags.add_argument("--out", required=True, help="principles.jsonl to write or go on with")
+    flags.add_argument("--out", required=True, help="principles.jsonl, in the folder of --edits")
     flags.add_argument("--batch", type=int, default=8, help="rows per forward pass")
     flags.add_argument("--max_new", type=int, default=1024, help="longest reply in tokens")
     flags.add_argument("--tries", type=int, default=3, help="the first greedy, then sampled")
@@ -77,13 +77,8 @@ EXAMPLES = {       # instruction: (follow, keep, quality)
         "Is the filled place free of smears? Do the lines of the pavement go on unbroken?"),
     "Make the car red.": (
         "Is the car red? Is all of its body red? Is it a clear red, not brown or pink?",
-        "Has the car the same shape? Are its wheels and windows in their old colours? "
-        "Is the street unchanged?",
+        "Has the car the same shape? Are the wheels in their old colour? Is the street unchanged?",
         "Are the reflections on the paint natural? Is the picture free of red spots elsewhere?"),
-    "Change the background to a snowy mountain.": (
-        "Is there a mountain behind her? Is it covered with snow? Is the old background gone?",
-        "Is the woman the same person? Is her pose the same? Are her clothes the same?",
-        "Is the outline of her hair clean? Does the light on her fit the new background?"),
     "Make this photo look like a watercolour painting.": (
         "Does it look like a watercolour? Can one see washes of paint? Is all of it in this style?",
         "Is the boat recognisable? Are pier and houses where they were? Are the colours kept?",
@@ -129,119 +124,110 @@ def parse_principles(text):
 
 # ---------------------------------------------------------------- the run
 
-def decompose(ask, rows, known, args):
-    """What every row gains: principles, or an error that says why not; `known` has earlier ones."""
-    gains, chats = {}, {}
-    for request, row in {(row["source"], row["instruction"]): row for row in rows}.items():
-        order = torch.Generator().manual_seed(seed_of(args.seed, "examples", *request))
-        shown = [[*EXAMPLES][i] for i in torch.randperm(len(EXAMPLES), generator=order)[:4]]
-        try:
-            chats[request] = decompose_chat(open_image(args.edits, row, "source"),
-                                            row["instruction"], map(example, shown))
-        except SystemExit as error:
-            gains[request] = dict(error=str(error))
-    for attempt in range(args.tries):
-        left = [request for request in chats if request not in known]
-        if attempt == 0 and left:
-            replies = ask([chats[request] for request in left], args.max_new, 0, 0)
-        else:                           # alone, so that alike rows of another batch draw alike
-            replies = [ask([chats[r]], args.max_new, 0.7, seed_of(args.seed, *r, attempt))[0]
-                       for r in left]
-        for request, reply in zip(left, replies):
-            gains[request] = dict(error=f"unreadable reply: {reply!r}")
-            if principles := isinstance(reply, str) and parse_principles(reply):
-                known[request] = dict(principles=principles)
-    return [(gains | known)[row["source"], row["instruction"]] for row in rows]
+def decompose(ask, args, rows, pictures):
+    """What every row gains: principles, or an error that says why not; alike rows gain alike."""
+    chats, gains = [], []
+    for row, [source] in zip(rows, pictures):
+        order = np.random.default_rng(seed_of(args.seed, row["source"], row["instruction"]))
+        shown = order.choice([*EXAMPLES], 4, replace=False)
+        chats.append(decompose_chat(source, row["instruction"], map(example, shown)))
+    for row, chat, reply in zip(rows, chats, ask(chats, args.max_new, 0, 0)):
+        for attempt in range(1, args.tries):
+            if isinstance(reply, str) and parse_principles(reply):
+                break
+            seed = seed_of(args.seed, row["source"], row["instruction"], attempt)
+            [reply] = ask([chat], args.max_new, 0.7, seed)
+        principles = isinstance(reply, str) and parse_principles(reply)
+        gains.append(dict(principles=principles) if principles else
+                     dict(error=f"unreadable reply: {reply!r}"))
+    return gains
 
 
 def main():
     args = parse_args()
-    rank, world, device = find_rank()
+    rank, _, device = find_rank()
     rows = read_rows(args.edits, ("source", "instruction"), "It holds {id, source, instruction}.")
     edits, out = Path(args.edits).resolve(), Path(args.out).resolve()
     if edits == out or edits.parent != out.parent:
         raise SystemExit("--out must be another file in the folder of --edits.")
-    start_file(out, rank)
-    ask, known = connect(args.vlm, device), {}
-    grow(out, cut(rows, args.batch)[rank::world],
-         lambda batch: decompose(ask, batch, known, args), rank)
+    work = partial(decompose, connect(args.vlm, device), args)
+    grow(out, start_file(out, rank), rows, ["source"], work, args.batch)
 
 
 # ---------------------------------------------------------------- helpers, the same in every script
 
 def read_rows(path, fields, made_by):
     """The rows of a JSONL file: every line whole, every id once, every field there."""
-    rows, number = {}, 0
+    rows = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
-            if missing := [name for name in ("id", *fields) if name not in row]:
-                raise ValueError(f"no field {', '.join(missing)}")
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} stands there twice")
-            if "<|" in row.get("instruction", "") + str(row.get("principles")):
-                raise ValueError("<| in instruction or principles would be read as a token")
-            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
-                raise ValueError("principles are [{question, category}, ...]")
+            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
+            missing = [name for name in ("id", *fields) if name not in row]
+            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
             rows[row["id"]] = row
-        if not rows:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        where = f"{path}, line {number}" if number else path
-        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
 
 
 def open_image(path, row, key, max_pixels=512 * 28 * 28):
     """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
-    file = Path(path).parent / str(row[key])
     try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        file = Image.open(Path(path).parent / str(row[key]))
+        image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
                          "Restore the picture or delete the row.")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
     return image
 
 
-def cut(rows, size):
-    """Batches by row number: a rerun, and any number of ranks, meet the same ones."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
-def finished_rows(path):
-    """{id: row} of a JSONL file that may still be growing: its whole lines."""
-    data = path.read_bytes() if path.exists() else b""
-    rows = map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())
-    return {row["id"]: row for row in rows}
-
-
 def start_file(path, rank):
-    """Before a run: cut off a last line torn by a kill; what failed will be tried again."""
-    if rank == 0 and path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    if rank == 0:
+    """{id: row} of a JSONL file that will go on growing, without a last line torn by a kill."""
+    path.touch()
+    lines = path.read_bytes()
+    lines = lines[:lines.rfind(b"\n") + 1]
+    if rank == 0:                                       # what failed will be tried again
+        os.truncate(path, len(lines))
         path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
+    return {row["id"]: row for row in map(json.loads, lines.splitlines())}
 
 
-def grow(path, batches, work, rank):
-    """Append row | gain to `path` for every row that it lacks: work(batch) -> a gain per row.
+def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
+    """Append row | gain to `path` for every row not yet `written`: work(rows, pictures) -> gains.
 
-    A gain with `error` sends its row to <name>.failed.jsonl. A batch is done whole or again.
+    A gain with `error`, a row whose pictures (its `keys`) do not open: to <name>.failed.jsonl.
+    Batches are cut by row number, and done whole or again: reruns and all ranks meet the same ones.
+    -> the rows as written, None for what failed and for the rows of other ranks
     """
-    written, counts = finished_rows(path), Counter()
-    for batch in tqdm(batches, path.stem, disable=rank > 0, leave=False):
-        todo = any(row["id"] not in written for row in batch)
-        for row, gain in zip(batch, work(batch) if todo else batch):
-            fate = "skipped" if row["id"] in written else "failed" if "error" in gain else "done"
+    rank, world, _ = find_rank()
+    counts = Counter()
+    for i in tqdm(range(rank * size, len(rows), world * size), path.stem, disable=rank > 0):
+        batch = [row for row in rows[i:i + size] if row]
+        ready, pictures, gains = [], [], {}
+        for row in batch if {row["id"] for row in batch} - {*written} else ():
+            try:
+                pictures.append([open_image(path, row, key, max_pixels) for key in keys])
+                ready.append(row)
+            except SystemExit as error:
+                gains[row["id"]] = dict(error=str(error))
+        gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else ())
+        for row in batch:
+            new = row | gains.get(row["id"], {})
+            fate = "skipped" if row["id"] in written else "failed" if "error" in new else "done"
             counts[fate] += 1
             if fate != "skipped":
-                target = path if fate == "done" else path.with_suffix(".failed.jsonl")
-                with open(target, "a") as file:
-                    file.write(json.dumps(row | gain) + "\n")
+                file = path if fate == "done" else path.with_suffix(".failed.jsonl")
+                with open(file, "a") as file:
+                    file.write(json.dumps(new) + "\n")
+            if fate == "done":
+                written[row["id"]] = new
     print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
           f"failed {counts['failed']}")
+    return [row and written.get(row["id"]) for row in rows]
 
 
 def connect(vlm, device):
@@ -256,12 +242,10 @@ def load_vlm(folder, device, dtype):
     """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval(), Encoder(folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
-                         "Give a Hugging Face folder or hub id.")
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
 class Encoder:
@@ -271,33 +255,31 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id = self.tokenizer.pad_token_id
-        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
                               if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
-                                                   add_generation_prompt=True)
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
         texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]                                 # 3-D positions need the types
-        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
-                    mm_token_type_ids=(ids == self.banned[0]).int())
+        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
+        images = inputs["input_ids"] == self.banned[0]
+        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
+        return inputs
 
 
+@torch.no_grad()
 def ask_model(model, encode, chats, max_new, temperature, seed):
     """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
-    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
-    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    inputs = encode(chats).to(model.device)
+    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
-        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
-        **(draw if temperature else dict(do_sample=False)))
+        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
     torch.manual_seed(seed)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
-                                         enabled=model.device.type == "cuda"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
     tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -309,26 +291,26 @@ def ask_server(url, chats, max_new, temperature, seed):
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                              timeout=300)
 
-    def reply(chat):
-        content = [dict(part) for part in chat[0]["content"]]
-        for part in content:
+    def reply(chat, wait=1):
+        content = []
+        for part in chat[0]["content"]:
             if part["type"] == "image":
-                part.pop("image").save(png := io.BytesIO(), "PNG")
+                part["image"].save(png := io.BytesIO(), "PNG")
                 data = base64.b64encode(png.getvalue()).decode()
-                part |= dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-        for wait in (1, 2, 4, 0):
-            try:
-                return client.chat_completion(
-                    [dict(role="user", content=content)], model=name or "default", seed=seed,
-                    max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
-            except Exception as error:           # a network fails in more ways than one can list
-                failure = error
-                time.sleep(wait)
-        return failure
+                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+            content.append(part)
+        try:
+            return client.chat_completion(
+                [dict(role="user", content=content)], model=name or "default", seed=seed,
+                max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
+        except Exception as error:               # a network fails in more ways than one can list
+            if wait > 4:
+                return error
+        time.sleep(wait)
+        return reply(chat, 2 * wait)
 
-    with ThreadPoolExecutor(16) as pool:
-        replies = [*pool.map(reply, chats)]
-    if replies and all("Connect" in type(reply).__name__ for reply in replies):
+    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies
 

@@ -45,7 +45,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from tqdm import tqdm
 
-TOY = dict(batch=32, max_new=128, steps=6, size=32, text_length=16)
+TOY = dict(batch=32, max_new=128, steps=6, size=32)
 
 
 def parse_args():
@@ -73,7 +73,6 @@ def parse_args():
     edit.add_argument("--steps", type=int, default=28, help="denoising steps")
     edit.add_argument("--guidance", type=float, default=2.5, help="Kontext's; Qwen's is 4")
     edit.add_argument("--size", type=int, default=0, help="of a square; 0: the editor's choice")
-    edit.add_argument("--text_length", type=int, default=512, help="T5 tokens, with padding")
     judge.add_argument("--edits", dest="rows", required=True, help="edits.jsonl")
     report.add_argument("--scores", nargs="+", default=[], help="[LABEL=]scores.jsonl, in order")
     report.add_argument("--metrics", nargs="+", default=[], help="[LABEL=]metrics.jsonl of a run")
@@ -86,38 +85,33 @@ def parse_args():
 # ---------------------------------------------------------------- prompts and parsers
 
 VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
-doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
-a person are the person's own. Where a question contradicts the instruction, the instruction wins.
-What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
-The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
-useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+Judge how well the second image carries out the instruction on the first one. Say first what you
+see, then answer the questions, if any, one by one, 1 for yes, 0 for no or when in doubt. A change
+of degree must be plain to see, a removal complete, a move large. Left and right of a person are the
+person's own. Where a question contradicts the instruction, the instruction wins. What it leaves
+alone must stay: a thing changed, lost or invented costs more than a half-done edit. The score from
+0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is useless or
+unedited, 5 half usable, 8 nearly perfect. End with exactly these lines, the last one alone if there
+are no questions:
 [{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
 {"average_score": the share of ones}
-<score>your score</score>"""
-SCORE_RULES = """\
-Judge how well the second image carries out the instruction on the first one. Reason first: say what
-you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
-nearly perfect. End with exactly this line:
 <score>your score</score>"""
 
 
 def verdict_chat(source, edit, instruction, principles):
     """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles) or "none\n"
     return [{"role": "user", "content": [
         {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
         {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
+                                 f"{VERDICT_RULES}"}]}]
 
 
 def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+    """(0/1 per question, average in 0..1, score in 0..10) as last written in `text`, or None.
 
-    The last score counts, with the average and the list before it; nothing is guessed. Without
-    questions there is no list, and score / 10 stands in for the average.
+    Nothing is guessed. Without questions there is no list, and the average is score / 10.
     """
     number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
     average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
@@ -135,21 +129,16 @@ def parse_verdict(text, n_questions):
 
 SC_RULES = """\
 Give two marks from 0 to 10, decimals welcome, for what you see, not for what you expect to see.
-"success": is the instruction carried out? 0 not at all, 5 in part, 10 completely and in \
-the right place.
-"restraint": is all else as it was? 0 another picture, 10 nothing but what was asked for has \
-changed.
-An unedited picture has success 0. Say first, in a few sentences, what has changed and what has not.
-Then end with exactly this line:
+"success": is the instruction carried out? 0 not at all, 5 in part, 10 completely and in the right
+place. "restraint": is all else as it was? 0 another picture, 10 nothing but what was asked for has
+changed. An unedited picture has success 0. Say first, in a few sentences, what has changed and what
+has not. Then end with exactly this line:
 {"success": your mark, "restraint": your mark}"""
 PQ_RULES = """\
 Give two marks from 0 to 10, decimals welcome, for this picture. You need not know how it was made.
-"naturalness": do light, shadow, perspective, scale and style fit together? 0 nothing fits, \
-10 all of it does.
-"cleanliness": is it free of blur, smears, seams, broken shapes, distorted bodies? \
-0 full of them, 10 free.
-Say first, in a few sentences, what you see.
-Then end with exactly this line:
+"naturalness": do light, shadow, perspective, scale and style fit together? 0 nothing, 10 all of it.
+"cleanliness": is it free of blur, smears, seams, broken shapes, distorted bodies? 0 full of them,
+10 free. Say first, in a few sentences, what you see. Then end with exactly this line:
 {"naturalness": your mark, "cleanliness": your mark}"""
 
 
@@ -240,19 +229,6 @@ def paired_gain(rows_a, rows_b, value):
 
 # ---------------------------------------------------------------- reward, judge, edit
 
-def open_pictures(path, rows, keys, work, max_pixels=512 * 28 * 28):
-    """work(rows, pictures) on the rows of `path` whose pictures open; an error for the others."""
-    gains, ready, pictures = {}, [], []
-    for row in rows:
-        try:
-            pictures.append([open_image(path, row, key, max_pixels) for key in keys])
-            ready.append(row)
-        except SystemExit as error:
-            gains[row["id"]] = dict(error=str(error))
-    gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else [])
-    return [gains[row["id"]] for row in rows]
-
-
 def score_pairs(ask, args, rows, pictures):
     """k verdicts on both edits of every pair; the mean of the scores that can be read."""
     chats = [verdict_chat(source, edit, row["instruction"], row["principles"])
@@ -316,15 +292,15 @@ def hook_lora(model, folder):
 
 def grow_file(args):
     """Grow edits.jsonl or scores.jsonl; its rows, once every rank is through with its own."""
-    rank, world, device = find_rank()
-    file, work, needs, *keys = dict(
-        reward=("scores.jsonl", score_pairs, "principles", "source", "chosen", "rejected"),
-        judge=("scores.jsonl", mark_edits, "instruction", "source", "edit"),
-        edit=("edits.jsonl", make_edits, "instruction", "source"))[args.command]
-    out, pixels = Path(args.out, file), 512 * 28 * 28
+    rank, _, device = find_rank()
+    name, work, needs, *keys = dict(
+        reward=("scores", score_pairs, "principles", "source", "chosen", "rejected"),
+        judge=("scores", mark_edits, "instruction", "source", "edit"),
+        edit=("edits", make_edits, "instruction", "source"))[args.command]
+    out, pixels = Path(args.out, f"{name}.jsonl"), 512 * 28 * 28
     rows = [move_paths(row, keys, args.rows, out) for row in read_rows(
         args.rows, ("instruction", needs, *keys), "See --help, and README, stage 6.")]
-    start_file(out, rank)
+    written = start_file(out, rank)
     if args.command == "edit":
         rows = [row | dict(id=f"{row['id']}/{k}", seed=k, editor=Path(args.editor).name,
                            lora=args.lora, edit=f"images/{quote(str(row['id']), '')}_{k}.png")
@@ -335,11 +311,12 @@ def grow_file(args):
             hook_lora(model.transformer, args.lora)
     else:
         model = connect(args.vlm, device)
-    grow(out, cut(rows, args.batch)[rank::world], lambda batch: open_pictures(
-        out, batch, keys, partial(work, model, args), pixels), rank)
-    done, failed = finished_rows(out), finished_rows(out.with_suffix(".failed.jsonl"))
-    complete = all(row["id"] in done or row["id"] in failed for row in rows)
-    return [done[row["id"]] for row in rows if row["id"] in done] if complete else []
+    grow(out, written, rows, keys, partial(work, model, args), args.batch, pixels)
+    texts = [file.read_text() for file in (out, out.with_suffix(".failed.jsonl")) if file.exists()]
+    if sum(text.count("\n") for text in texts) < len(rows):
+        return []
+    done = {row["id"]: row for row in map(json.loads, texts[0].splitlines())}
+    return [done[row["id"]] for row in rows if row["id"] in done]
 
 
 # ---------------------------------------------------------------- report
@@ -425,77 +402,76 @@ def main():
 
 def read_rows(path, fields, made_by):
     """The rows of a JSONL file: every line whole, every id once, every field there."""
-    rows, number = {}, 0
+    rows = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
-            if missing := [name for name in ("id", *fields) if name not in row]:
-                raise ValueError(f"no field {', '.join(missing)}")
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} stands there twice")
-            if "<|" in row.get("instruction", "") + str(row.get("principles")):
-                raise ValueError("<| in instruction or principles would be read as a token")
-            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
-                raise ValueError("principles are [{question, category}, ...]")
+            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
+            missing = [name for name in ("id", *fields) if name not in row]
+            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
             rows[row["id"]] = row
-        if not rows:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        where = f"{path}, line {number}" if number else path
-        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
 
 
 def open_image(path, row, key, max_pixels=512 * 28 * 28):
     """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
-    file = Path(path).parent / str(row[key])
     try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        file = Image.open(Path(path).parent / str(row[key]))
+        image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
                          "Restore the picture or delete the row.")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
     return image
 
 
-def cut(rows, size):
-    """Batches by row number: a rerun, and any number of ranks, meet the same ones."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
-def finished_rows(path):
-    """{id: row} of a JSONL file that may still be growing: its whole lines."""
-    data = path.read_bytes() if path.exists() else b""
-    rows = map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())
-    return {row["id"]: row for row in rows}
-
-
 def start_file(path, rank):
-    """Before a run: cut off a last line torn by a kill; what failed will be tried again."""
-    if rank == 0 and path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    if rank == 0:
+    """{id: row} of a JSONL file that will go on growing, without a last line torn by a kill."""
+    path.touch()
+    lines = path.read_bytes()
+    lines = lines[:lines.rfind(b"\n") + 1]
+    if rank == 0:                                       # what failed will be tried again
+        os.truncate(path, len(lines))
         path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
+    return {row["id"]: row for row in map(json.loads, lines.splitlines())}
 
 
-def grow(path, batches, work, rank):
-    """Append row | gain to `path` for every row that it lacks: work(batch) -> a gain per row.
+def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
+    """Append row | gain to `path` for every row not yet `written`: work(rows, pictures) -> gains.
 
-    A gain with `error` sends its row to <name>.failed.jsonl. A batch is done whole or again.
+    A gain with `error`, a row whose pictures (its `keys`) do not open: to <name>.failed.jsonl.
+    Batches are cut by row number, and done whole or again: reruns and all ranks meet the same ones.
+    -> the rows as written, None for what failed and for the rows of other ranks
     """
-    written, counts = finished_rows(path), Counter()
-    for batch in tqdm(batches, path.stem, disable=rank > 0, leave=False):
-        todo = any(row["id"] not in written for row in batch)
-        for row, gain in zip(batch, work(batch) if todo else batch):
-            fate = "skipped" if row["id"] in written else "failed" if "error" in gain else "done"
+    rank, world, _ = find_rank()
+    counts = Counter()
+    for i in tqdm(range(rank * size, len(rows), world * size), path.stem, disable=rank > 0):
+        batch = [row for row in rows[i:i + size] if row]
+        ready, pictures, gains = [], [], {}
+        for row in batch if {row["id"] for row in batch} - {*written} else ():
+            try:
+                pictures.append([open_image(path, row, key, max_pixels) for key in keys])
+                ready.append(row)
+            except SystemExit as error:
+                gains[row["id"]] = dict(error=str(error))
+        gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else ())
+        for row in batch:
+            new = row | gains.get(row["id"], {})
+            fate = "skipped" if row["id"] in written else "failed" if "error" in new else "done"
             counts[fate] += 1
             if fate != "skipped":
-                target = path if fate == "done" else path.with_suffix(".failed.jsonl")
-                with open(target, "a") as file:
-                    file.write(json.dumps(row | gain) + "\n")
+                file = path if fate == "done" else path.with_suffix(".failed.jsonl")
+                with open(file, "a") as file:
+                    file.write(json.dumps(new) + "\n")
+            if fate == "done":
+                written[row["id"]] = new
     print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
           f"failed {counts['failed']}")
+    return [row and written.get(row["id"]) for row in rows]
 
 
 def move_paths(row, keys, old, new):
@@ -516,12 +492,10 @@ def load_vlm(folder, device, dtype):
     """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval(), Encoder(folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
-                         "Give a Hugging Face folder or hub id.")
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
 class Encoder:
@@ -531,33 +505,31 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id = self.tokenizer.pad_token_id
-        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
                               if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
-                                                   add_generation_prompt=True)
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
         texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]                                 # 3-D positions need the types
-        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
-                    mm_token_type_ids=(ids == self.banned[0]).int())
+        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
+        images = inputs["input_ids"] == self.banned[0]
+        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
+        return inputs
 
 
+@torch.no_grad()
 def ask_model(model, encode, chats, max_new, temperature, seed):
     """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
-    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
-    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    inputs = encode(chats).to(model.device)
+    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
-        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
-        **(draw if temperature else dict(do_sample=False)))
+        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
     torch.manual_seed(seed)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
-                                         enabled=model.device.type == "cuda"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
     tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -569,26 +541,26 @@ def ask_server(url, chats, max_new, temperature, seed):
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                              timeout=300)
 
-    def reply(chat):
-        content = [dict(part) for part in chat[0]["content"]]
-        for part in content:
+    def reply(chat, wait=1):
+        content = []
+        for part in chat[0]["content"]:
             if part["type"] == "image":
-                part.pop("image").save(png := io.BytesIO(), "PNG")
+                part["image"].save(png := io.BytesIO(), "PNG")
                 data = base64.b64encode(png.getvalue()).decode()
-                part |= dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-        for wait in (1, 2, 4, 0):
-            try:
-                return client.chat_completion(
-                    [dict(role="user", content=content)], model=name or "default", seed=seed,
-                    max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
-            except Exception as error:           # a network fails in more ways than one can list
-                failure = error
-                time.sleep(wait)
-        return failure
+                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+            content.append(part)
+        try:
+            return client.chat_completion(
+                [dict(role="user", content=content)], model=name or "default", seed=seed,
+                max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
+        except Exception as error:               # a network fails in more ways than one can list
+            if wait > 4:
+                return error
+        time.sleep(wait)
+        return reply(chat, 2 * wait)
 
-    with ThreadPoolExecutor(16) as pool:
-        replies = [*pool.map(reply, chats)]
-    if replies and all("Connect" in type(reply).__name__ for reply in replies):
+    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies
 
@@ -608,11 +580,12 @@ def load_editor(folder, device):
 
 
 def run_pipeline(pipe, sources, instructions, generators, args):
-    """One edit per source by the pipeline itself; args: steps, guidance, size, text_length."""
+    """One edit per source by the pipeline itself; args: steps, guidance, size."""
     knows, edits = inspect.signature(pipe.__call__).parameters, []
-    options = dict(num_inference_steps=args.steps, max_sequence_length=args.text_length)
+    options = dict(num_inference_steps=args.steps)
     if pipe.transformer.config.get("guidance_embeds"):       # Kontext: guidance is an input
-        options |= dict(guidance_scale=args.guidance)
+        options |= dict(guidance_scale=args.guidance,
+                        max_sequence_length=pipe.tokenizer_2.model_max_length)
     else:                                                    # Qwen-Image-Edit: two forwards
         options |= dict(true_cfg_scale=args.guidance, negative_prompt=" ")
     if args.size:

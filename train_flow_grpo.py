@@ -37,7 +37,6 @@ What to change for ... another editor: the four functions under "the editor". An
 """
 import argparse, base64, io, itertools, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -54,8 +53,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
                                                      set_state_dict)
 
 TOY = dict(held_out=48, prompts_per_step=16, group_size=12, size=32, max_new=128, steps=50,
-           updates=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, batch=192, micro=192,
-           judge_batch=192, every=10)
+           updates=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, micro=192, judge_batch=192,
+           every=10)
 
 
 def parse_args():
@@ -85,8 +84,7 @@ def parse_args():
     flags.add_argument("--beta", type=float, default=0.004, help="β of the KL to the base editor")
     flags.add_argument("--lora_rank", type=int, default=64, help="r; alpha is 2 r")
     # the run
-    flags.add_argument("--batch", type=int, default=24, help="edits denoised at once, per GPU")
-    flags.add_argument("--micro", type=int, default=12, help="edits per forward of the update")
+    flags.add_argument("--micro", type=int, default=12, help="edits per forward pass, per GPU")
     flags.add_argument("--judge_batch", type=int, default=144, help="verdicts at once, per GPU")
     flags.add_argument("--every", type=int, default=20, help="steps between looks, and states")
     flags.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -99,38 +97,33 @@ def parse_args():
 # ---------------------------------------------------------------- the verdict
 
 VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
-doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
-a person are the person's own. Where a question contradicts the instruction, the instruction wins.
-What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
-The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
-useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+Judge how well the second image carries out the instruction on the first one. Say first what you
+see, then answer the questions, if any, one by one, 1 for yes, 0 for no or when in doubt. A change
+of degree must be plain to see, a removal complete, a move large. Left and right of a person are the
+person's own. Where a question contradicts the instruction, the instruction wins. What it leaves
+alone must stay: a thing changed, lost or invented costs more than a half-done edit. The score from
+0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is useless or
+unedited, 5 half usable, 8 nearly perfect. End with exactly these lines, the last one alone if there
+are no questions:
 [{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
 {"average_score": the share of ones}
-<score>your score</score>"""
-SCORE_RULES = """\
-Judge how well the second image carries out the instruction on the first one. Reason first: say what
-you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
-nearly perfect. End with exactly this line:
 <score>your score</score>"""
 
 
 def verdict_chat(source, edit, instruction, principles):
     """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles) or "none\n"
     return [{"role": "user", "content": [
         {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
         {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
+                                 f"{VERDICT_RULES}"}]}]
 
 
 def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+    """(0/1 per question, average in 0..1, score in 0..10) as last written in `text`, or None.
 
-    The last score counts, with the average and the list before it; nothing is guessed. Without
-    questions there is no list, and score / 10 stands in for the average.
+    Nothing is guessed. Without questions there is no list, and the average is score / 10.
     """
     number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
     average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
@@ -225,7 +218,7 @@ def predict_velocity(pipe, x, sigma, cond):
     side = math.isqrt(x.shape[1])
     ids = pipe._prepare_latent_image_ids(1, side, side, x.device, x.dtype)
     reference_ids = ids + torch.tensor([1, 0, 0], device=x.device)
-    with autocast(x.device):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         v = pipe.transformer(
             hidden_states=torch.cat([x, cond["reference"]], 1), timestep=sigma.expand(len(x)),
             guidance=torch.full((len(x),), GUIDANCE, device=x.device),
@@ -255,44 +248,31 @@ def noise_levels(pipe, n_tokens, num_steps):
 
 # ---------------------------------------------------------------- LoRA
 
-class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x, W frozen, B = 0 at first; `on = False`: the base model again."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base, self.scale, self.on = base.requires_grad_(False), alpha / rank, True
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.scale * self.lora_B(self.lora_A(x)) if self.on else self.base(x)
-
-
 def add_lora(model, pattern, rank):
-    """Freeze the model, put a LoRALinear (fp32) around each layer named so; what trains."""
+    """Freeze the model; y = W x becomes W x + 2 B A x in each layer named so. -> A and B, fp32.
+
+    B = 0 at first. model.lora_on = False is the base model again, to which the KL holds.
+    """
     model.requires_grad_(False)
-    for name, layer in [*model.named_modules()]:
-        if re.fullmatch(pattern, name):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LoRALinear(layer, rank, 2 * rank))
+    model.lora_on = True
+    for layer in [m for name, m in model.named_modules() if re.fullmatch(pattern, name)]:
+        at = dict(bias=False, device=layer.weight.device)
+        layer.lora_A = nn.Linear(layer.in_features, rank, **at)
+        layer.lora_B = nn.Linear(rank, layer.out_features, **at)
+        nn.init.zeros_(layer.lora_B.weight)
+        layer.register_forward_hook(lambda layer, x, y: (
+            y + 2 * layer.lora_B(layer.lora_A(x[0])) if model.lora_on else y))
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def switch_lora(model, on):
-    """Switch the LoRA off and on again: off is the base model that the KL holds on to."""
-    for layer in model.modules():
-        layer.on = on
-
-
 def save_lora(model, folder):
-    """Write the LoRA as diffusers reads it, alpha in the file's metadata (else it is the rank)."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    tensors = {f"transformer.{name}.{part}.weight": getattr(layer, part).weight.detach().cpu()
-               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
-    rank = next(iter(layers.values())).lora_A.out_features
+    """Write the LoRA as diffusers reads it, alpha = 2 r in the file's metadata (else it is r)."""
+    tensors = {f"transformer.{name}": p.detach().cpu() for name, p in model.named_parameters()
+               if p.requires_grad}
+    layers = sorted({name[12:-14] for name in tensors})                 # ... .lora_A.weight
+    rank = len(next(iter(tensors.values())))
     notes = {"transformer.r": rank, "transformer.lora_alpha": 2 * rank,
-             "transformer.target_modules": sorted(layers)}
+             "transformer.target_modules": layers}
     path = Path(folder, "pytorch_lora_weights.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, f"{path}.tmp", {"format": "pt", "lora_adapter_metadata": json.dumps(notes)})
@@ -331,8 +311,8 @@ def rollout_edits(pipe, rows, cond, sigmas, step, args):
     start = seed_of("window", args.seed, step) % starts             # one window for the whole step
     window = range(start, start + args.sde_window)
     edits, paths, shape = [], [], (1 + args.sde_window, *cond["reference"].shape[1:])
-    for i in range(0, len(samples), args.batch):
-        some = samples[i:i + args.batch]
+    for i in range(0, len(samples), args.micro):
+        some = samples[i:i + args.micro]
         noise = torch.stack([noise_of(shape, args.seed, step, rows[p]["id"], k) for p, k in some])
         noise, numbers = noise.to(sigmas), torch.tensor([p for p, _ in some], device=sigmas.device)
         x, path = denoise(pipe, {name: value[numbers] for name, value in cond.items()},
@@ -372,10 +352,10 @@ def update(pipe, params, optimizer, cond, path, advantages, args):
             _, logp, mean, std = again()
             loss, ratio = clipped_surrogate(logp, old_logp[some], flat[some], args.clip_eps)
             if args.beta:
-                switch_lora(pipe.transformer, on=False)
+                pipe.transformer.lora_on = False
                 with torch.no_grad():
                     mean_base = again()[2]
-                switch_lora(pipe.transformer, on=True)
+                pipe.transformer.lora_on = True
                 kl = ((mean - mean_base) / std).square().flatten(1).mean(1) / 2
                 loss = loss + args.beta * kl
                 kls.append(kl.detach().cpu())
@@ -430,8 +410,7 @@ def main():
         raise SystemExit("--sde_window must fit into the first half of --num_steps, and --size be "
                          "a multiple of 16.")
     if rank == 0:                      # a torn picture must not stop the run an hour later
-        with ThreadPoolExecutor() as pool:
-            all(pool.map(lambda row: open_image(args.prompts, row, "source"), rows))
+        all(ThreadPoolExecutor().map(lambda row: open_image(args.prompts, row, "source"), rows))
     pipe, ask = load_editor(args.editor, device), connect(args.reward, device)
     if type(pipe).__name__ != "FluxKontextPipeline":
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, not a FluxKontextPipeline.")
@@ -476,41 +455,36 @@ def main():
                 reward=rewards.nanmean(), group_std=spread.nanmean(), kl=kl, grad_norm=norm,
                 dead=(group_advantages(rewards) == 0).all(1).float().mean(),
                 read=(~rewards.isnan()).float().mean(), first_ratio_off=off))
-    finish()
+    if world > 1:                      # gloo's threads can die in Python's own exit
+        dist.barrier()
+        os._exit(0)
 
 
 # ---------------------------------------------------------------- helpers, the same in every script
 
 def read_rows(path, fields, made_by):
     """The rows of a JSONL file: every line whole, every id once, every field there."""
-    rows, number = {}, 0
+    rows = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
-            if missing := [name for name in ("id", *fields) if name not in row]:
-                raise ValueError(f"no field {', '.join(missing)}")
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} stands there twice")
-            if "<|" in row.get("instruction", "") + str(row.get("principles")):
-                raise ValueError("<| in instruction or principles would be read as a token")
-            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
-                raise ValueError("principles are [{question, category}, ...]")
+            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
+            missing = [name for name in ("id", *fields) if name not in row]
+            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
             rows[row["id"]] = row
-        if not rows:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        where = f"{path}, line {number}" if number else path
-        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
 
 
 def open_image(path, row, key, max_pixels=512 * 28 * 28):
     """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
-    file = Path(path).parent / str(row[key])
     try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        file = Image.open(Path(path).parent / str(row[key]))
+        image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
                          "Restore the picture or delete the row.")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
@@ -543,12 +517,10 @@ def load_vlm(folder, device, dtype):
     """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval(), Encoder(folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
-                         "Give a Hugging Face folder or hub id.")
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
 class Encoder:
@@ -558,33 +530,31 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id = self.tokenizer.pad_token_id
-        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
                               if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
-                                                   add_generation_prompt=True)
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
         texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]                                 # 3-D positions need the types
-        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
-                    mm_token_type_ids=(ids == self.banned[0]).int())
+        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
+        images = inputs["input_ids"] == self.banned[0]
+        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
+        return inputs
 
 
+@torch.no_grad()
 def ask_model(model, encode, chats, max_new, temperature, seed):
     """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
-    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
-    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    inputs = encode(chats).to(model.device)
+    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
-        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
-        **(draw if temperature else dict(do_sample=False)))
+        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
     torch.manual_seed(seed)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
-                                         enabled=model.device.type == "cuda"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
     tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -596,26 +566,26 @@ def ask_server(url, chats, max_new, temperature, seed):
     client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                              timeout=300)
 
-    def reply(chat):
-        content = [dict(part) for part in chat[0]["content"]]
-        for part in content:
+    def reply(chat, wait=1):
+        content = []
+        for part in chat[0]["content"]:
             if part["type"] == "image":
-                part.pop("image").save(png := io.BytesIO(), "PNG")
+                part["image"].save(png := io.BytesIO(), "PNG")
                 data = base64.b64encode(png.getvalue()).decode()
-                part |= dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-        for wait in (1, 2, 4, 0):
-            try:
-                return client.chat_completion(
-                    [dict(role="user", content=content)], model=name or "default", seed=seed,
-                    max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
-            except Exception as error:           # a network fails in more ways than one can list
-                failure = error
-                time.sleep(wait)
-        return failure
+                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+            content.append(part)
+        try:
+            return client.chat_completion(
+                [dict(role="user", content=content)], model=name or "default", seed=seed,
+                max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
+        except Exception as error:               # a network fails in more ways than one can list
+            if wait > 4:
+                return error
+        time.sleep(wait)
+        return reply(chat, 2 * wait)
 
-    with ThreadPoolExecutor(16) as pool:
-        replies = [*pool.map(reply, chats)]
-    if replies and all("Connect" in type(reply).__name__ for reply in replies):
+    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies
 
@@ -632,11 +602,6 @@ def seed_of(*key):
     return int(np.random.SeedSequence([*repr(key).encode()]).generate_state(1)[0])
 
 
-def autocast(device):
-    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def setup():
     """Join the process group that torchrun announced, or run alone: rank, world size, device."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
@@ -644,9 +609,8 @@ def setup():
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:                                       # rank 0 alone saves large files: an hour
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -665,21 +629,19 @@ STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 
 def start_run(args, model, optimizer, rank):
     """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, metrics, step = Path(args.out), Path(args.out, "metrics.jsonl"), 0
-    if metrics.exists() and not args.resume:
-        raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
-    if args.resume and Path(out, "state.pt").exists():
-        saved = torch.load(Path(out, "state.pt"), weights_only=True, mmap=True)
+    out, step, logged = Path(args.out), 0, 0
+    if args.resume and (out / "state.pt").exists():
+        saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
         set_state_dict(model, optimizer, model_state_dict=saved["model"],
                        optim_state_dict=saved["optimizer"], options=STATE)
-        step = saved["step"]
-    rows = metrics.read_text().splitlines(True) if metrics.exists() else []
-    gather_rows([])                                     # all have read before rank 0 writes
+        step, logged = saved["step"], saved["logged"]
     if rank == 0:
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        Path(out, "config.json").write_text(json.dumps(vars(args), indent=1))
-        metrics.write_text("".join(row for row in rows if row.endswith("\n")
-                                   and json.loads(row)["step"] < step))
+        if (out / "metrics.jsonl").exists() and not args.resume:
+            raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(args), indent=1))
+        with open(out / "metrics.jsonl", "ab") as file:
+            file.truncate(logged)                       # rows since the state come again
     args.begun, args.first = time.time(), step
     return step
 
@@ -688,7 +650,8 @@ def save_state(out, step, model, optimizer, rank):
     """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
     weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
     if rank == 0:
-        torch.save(dict(step=step, model=weights, optimizer=moments), f"{out}/state.tmp")
+        torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
+                        optimizer=moments), f"{out}/state.tmp")
         os.replace(f"{out}/state.tmp", f"{out}/state.pt")
 
 
@@ -701,15 +664,6 @@ def log_step(args, step, metrics):
     row = dict(step=step) | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     with open(f"{args.out}/metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def finish():
-    """End all ranks without Python's own exit, in which gloo's threads can die."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ VLM family: `Encoder` (pictures into tokens) and `prefill` (positions).
 """
 import argparse, json, math, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -90,38 +89,33 @@ def parse_args():
 # ---------------------------------------------------------------- the verdict
 
 VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
-doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
-a person are the person's own. Where a question contradicts the instruction, the instruction wins.
-What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
-The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
-useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+Judge how well the second image carries out the instruction on the first one. Say first what you
+see, then answer the questions, if any, one by one, 1 for yes, 0 for no or when in doubt. A change
+of degree must be plain to see, a removal complete, a move large. Left and right of a person are the
+person's own. Where a question contradicts the instruction, the instruction wins. What it leaves
+alone must stay: a thing changed, lost or invented costs more than a half-done edit. The score from
+0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is useless or
+unedited, 5 half usable, 8 nearly perfect. End with exactly these lines, the last one alone if there
+are no questions:
 [{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
 {"average_score": the share of ones}
-<score>your score</score>"""
-SCORE_RULES = """\
-Judge how well the second image carries out the instruction on the first one. Reason first: say what
-you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
-nearly perfect. End with exactly this line:
 <score>your score</score>"""
 
 
 def verdict_chat(source, edit, instruction, principles):
     """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles) or "none\n"
     return [{"role": "user", "content": [
         {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
         {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
+                                 f"{VERDICT_RULES}"}]}]
 
 
 def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+    """(0/1 per question, average in 0..1, score in 0..10) as last written in `text`, or None.
 
-    The last score counts, with the average and the list before it; nothing is guessed. Without
-    questions there is no list, and score / 10 stands in for the average.
+    Nothing is guessed. Without questions there is no list, and the average is score / 10.
     """
     number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
     average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
@@ -169,7 +163,7 @@ def prefill(model, encode, chats, n):
 
     -> KV cache of R rows, last state (R, 1, H), attention mask (R, P), next position (R, 1)
     """
-    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
+    inputs = encode(chats).to(model.device)
     position, delta = model.model.get_rope_index(              # time, y, x of every token
         **{k: v for k, v in inputs.items() if k != "pixel_values"})
     out = model.model(**inputs, position_ids=position, use_cache=True)
@@ -194,7 +188,8 @@ def rollout(model, encode, chats, n, u):
     cache, hidden, mask, position = prefill(model, encode, chats, n)
     banned, ends = (torch.tensor(x, device=model.device) for x in (encode.banned, encode.ends))
     u, alive = u.to(model.device), torch.arange(len(u), device=model.device)
-    tokens, logp = torch.full_like(u, encode.pad_id, dtype=torch.long), torch.zeros_like(u)
+    pad, logp = encode.tokenizer.pad_token_id, torch.zeros_like(u)
+    tokens = torch.full_like(u, pad, dtype=torch.long)
     keep = torch.zeros_like(u, dtype=torch.bool)
     for t in range(u.shape[1]):
         logps = policy_logp(model.lm_head(hidden[:, -1]), banned)
@@ -234,33 +229,22 @@ def verdict_logps(model, encode, chats, tokens, keep):
     return torch.zeros(tokens.shape, device=logp.device).masked_scatter(keep, logp)
 
 
-def load_policy(args, device, world):
-    """The SFT-RRM in fp32, ready to train, shared out over the ranks; and its Encoder."""
-    model, encode = load_vlm(args.model, "cpu" if world > 1 else device, torch.float32)
-    model.model.visual.requires_grad_(False)
-    model.rollout, model.logps = partial(rollout, model), partial(verdict_logps, model)
-    if device.type == "cuda":      # recompute the MLPs: most of the memory, and they hold no cache
-        for layer in model.model.language_model.layers:
-            layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
-    if world > 1:
-        shard(model)
-        for method in ("rollout", "logps"):        # only inside these are the outer weights whole
-            register_fsdp_forward_method(model, method)
-    return model, encode
-
-
 # ---------------------------------------------------------------- the phases of a step
+
+def pair_chats(args, pair):
+    """The prompts on a pair's two edits."""
+    source, *edits = (open_image(args.pairs, pair, key) for key in ("source", "chosen", "rejected"))
+    return [verdict_chat(source, edit, pair["instruction"], pair["principles"]) for edit in edits]
+
 
 def judge_pairs(model, encode, pairs, draw_key, args):
     """N verdicts on both edits of B pairs: 2B chats; tokens, logp, keep (2B N, T); tau (B, 2, N)"""
-    chats, keys = [], []
+    n, size, chats = args.group_size, args.rollout_edits, []
     for pair in pairs:
-        for side in ("chosen", "rejected"):
-            pictures = [open_image(args.pairs, pair, key) for key in ("source", side)]
-            chats.append(verdict_chat(*pictures, pair["instruction"], pair["principles"]))
-            keys += [(args.seed, draw_key, pair["id"], side, k) for k in range(args.group_size)]
-    u, n, size = uniforms(keys, args.max_new), args.group_size, args.rollout_edits
-    with autocast(model.device):
+        chats += pair_chats(args, pair)
+    u = uniforms([(args.seed, draw_key, pair["id"], side, k) for pair in pairs
+                  for side in ("chosen", "rejected") for k in range(n)], args.max_new)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         parts = [model.rollout(encode, chats[i:i + size], n, u[i * n:(i + size) * n])
                  for i in range(0, len(chats), size)]
     tokens, logp, keep = (torch.cat(part) for part in zip(*parts))
@@ -305,10 +289,11 @@ def main():
         raise SystemExit(f"{args.pairs}: {len(pairs)} pairs are too few for --pairs_per_step and "
                          f"--held_out on {world} rank(s).")
     if rank == 0:                      # a torn picture must not stop the run an hour later
-        jobs = [(pair, key) for pair in pairs for key in ("source", "chosen", "rejected")]
-        with ThreadPoolExecutor() as pool:
-            all(pool.map(lambda job: open_image(args.pairs, *job), jobs))
-    model, encode = load_policy(args, device, world)
+        all(ThreadPoolExecutor().map(partial(pair_chats, args), pairs))
+    model, encode = load_policy(args.model, device, world)
+    model.rollout, model.logps = partial(rollout, model), partial(verdict_logps, model)
+    for method in ("rollout", "logps") if world > 1 else ():
+        register_fsdp_forward_method(model, method)    # inside these the outer weights are whole
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0)
     first = start_run(args, model, optimizer, rank)
@@ -343,7 +328,7 @@ def main():
             for some in passes:
                 edits = some or [0]                        # an empty pass computes, and counts zero
                 rows = torch.tensor([e * n + k for e in edits for k in range(n)], device=device)
-                with autocast(device):
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logp = model.logps(encode, [chats[e] for e in edits], tokens[rows], keep[rows])
                 if some and update == 0:
                     old_logp[rows] = logp.detach()
@@ -368,57 +353,69 @@ def main():
             log_step(args, step, score_metrics(tau) | dict(
                 length=keep.sum(1).float().mean(), gap=gap, outside=outside, grad_norm=norm))
     save_model(model, encode, f"{args.out}/model", rank)
-    finish()
+    if world > 1:                      # gloo's threads can die in Python's own exit
+        dist.barrier()
+        os._exit(0)
 
 
 # ---------------------------------------------------------------- helpers, the same in every script
 
 def read_rows(path, fields, made_by):
     """The rows of a JSONL file: every line whole, every id once, every field there."""
-    rows, number = {}, 0
+    rows = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
-            if missing := [name for name in ("id", *fields) if name not in row]:
-                raise ValueError(f"no field {', '.join(missing)}")
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} stands there twice")
-            if "<|" in row.get("instruction", "") + str(row.get("principles")):
-                raise ValueError("<| in instruction or principles would be read as a token")
-            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
-                raise ValueError("principles are [{question, category}, ...]")
+            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
+            missing = [name for name in ("id", *fields) if name not in row]
+            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
             rows[row["id"]] = row
-        if not rows:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        where = f"{path}, line {number}" if number else path
-        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
 
 
 def open_image(path, row, key, max_pixels=512 * 28 * 28):
     """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
-    file = Path(path).parent / str(row[key])
     try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        file = Image.open(Path(path).parent / str(row[key]))
+        image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
                          "Restore the picture or delete the row.")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
     return image
 
 
+def load_policy(folder, device, world):
+    """(model, Encoder) to train, in fp32, the vision tower frozen; FSDP2 if there are more ranks.
+
+    A rank then keeps its part of weights and moments, and whole layers from a forward to the next
+    backward: ranks that sample need not wait for each other.
+    """
+    model, encode = load_vlm(folder, "cpu" if world > 1 else device, torch.float32)
+    layers, vision = model.model.language_model.layers, model.model.visual.requires_grad_(False)
+    for layer in layers if device.type == "cuda" else ():   # recompute the MLPs: most of the memory
+        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in [*layers, *vision.blocks, model] if world > 1 else ():
+        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
+        module.set_gradient_divide_factor(1.0)              # sums: the loss carries the global 1/n
+        module.set_force_sum_reduction_for_comms(True)
+    return model, encode
+
+
 def load_vlm(folder, device, dtype):
     """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval(), Encoder(folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
-                         "Give a Hugging Face folder or hub id.")
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
 class Encoder:
@@ -428,20 +425,19 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id = self.tokenizer.pad_token_id
-        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
                               if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
-                                                   add_generation_prompt=True)
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
         texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]                                 # 3-D positions need the types
-        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
-                    mm_token_type_ids=(ids == self.banned[0]).int())
+        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
+        images = inputs["input_ids"] == self.banned[0]
+        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
+        return inputs
 
 
 def uniforms(keys, length):
@@ -457,11 +453,6 @@ def batch_rows(n, size, seed, step):
     return order[place * size:(place + 1) * size].tolist()
 
 
-def autocast(device):
-    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def setup():
     """Join the process group that torchrun announced, or run alone: rank, world size, device."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
@@ -469,9 +460,8 @@ def setup():
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:                                       # rank 0 alone saves large files: an hour
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -484,38 +474,25 @@ def gather_rows(rows):
     return sum(parts, [])
 
 
-def shard(model):
-    """FSDP2: a rank keeps its part of weights and moments, and whole layers from a forward to the
-    next backward: ranks that sample need not wait for each other."""
-    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in [*model.model.language_model.layers, *model.model.visual.blocks, model]:
-        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
-        module.set_gradient_divide_factor(1.0)          # sums: the loss carries the global 1/n
-        module.set_force_sum_reduction_for_comms(True)
-
-
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
                          strict=False)                  # one file, whatever the number of ranks
 
 
 def start_run(args, model, optimizer, rank):
     """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, metrics, step = Path(args.out), Path(args.out, "metrics.jsonl"), 0
-    if metrics.exists() and not args.resume:
-        raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
-    if args.resume and Path(out, "state.pt").exists():
-        saved = torch.load(Path(out, "state.pt"), weights_only=True, mmap=True)
+    out, step, logged = Path(args.out), 0, 0
+    if args.resume and (out / "state.pt").exists():
+        saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
         set_state_dict(model, optimizer, model_state_dict=saved["model"],
                        optim_state_dict=saved["optimizer"], options=STATE)
-        step = saved["step"]
-    rows = metrics.read_text().splitlines(True) if metrics.exists() else []
-    gather_rows([])                                     # all have read before rank 0 writes
+        step, logged = saved["step"], saved["logged"]
     if rank == 0:
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        Path(out, "config.json").write_text(json.dumps(vars(args), indent=1))
-        metrics.write_text("".join(row for row in rows if row.endswith("\n")
-                                   and json.loads(row)["step"] < step))
+        if (out / "metrics.jsonl").exists() and not args.resume:
+            raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(args), indent=1))
+        with open(out / "metrics.jsonl", "ab") as file:
+            file.truncate(logged)                       # rows since the state come again
     args.begun, args.first = time.time(), step
     return step
 
@@ -524,7 +501,8 @@ def save_state(out, step, model, optimizer, rank):
     """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
     weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
     if rank == 0:
-        torch.save(dict(step=step, model=weights, optimizer=moments), f"{out}/state.tmp")
+        torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
+                        optimizer=moments), f"{out}/state.tmp")
         os.replace(f"{out}/state.tmp", f"{out}/state.pt")
 
 
@@ -534,10 +512,9 @@ def save_model(model, encode, folder, rank):
         full_state_dict=True, cpu_offload=True))                  # every rank takes part
     if rank == 0:
         state = {name: state[name] for name, _ in model.named_parameters()}   # a tied weight once
-        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         model.save_pretrained(f"{folder}.tmp", state_dict=state)
-        encode.tokenizer.save_pretrained(f"{folder}.tmp")
-        encode.images.save_pretrained(f"{folder}.tmp")
+        for part in (encode.tokenizer, encode.images):
+            part.save_pretrained(f"{folder}.tmp")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.tmp", folder)
 
@@ -551,15 +528,6 @@ def log_step(args, step, metrics):
     row = dict(step=step) | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     with open(f"{args.out}/metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def finish():
-    """End all ranks without Python's own exit, in which gloo's threads can die."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

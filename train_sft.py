@@ -31,7 +31,6 @@ family: `Encoder` (pictures into tokens) and `verdict_loss` (positions).
 """
 import argparse, json, math, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def parse_args():
     flags.add_argument("--model", required=True, help="a Qwen2.5-VL or Qwen3-VL")
     flags.add_argument("--out", required=True, help="folder for model/, metrics.jsonl, samples/")
     flags.add_argument("--held_out", type=int, default=64, help="last rows, only judged")
-    flags.add_argument("--max_length", type=int, default=4096, help="in tokens; longer rows fail")
     # optimisation
     flags.add_argument("--epochs", type=int, default=1, help="passes over the rows")
     flags.add_argument("--batch", type=int, default=64, help="rows per step, over all GPUs")
@@ -78,38 +76,33 @@ def parse_args():
 # ---------------------------------------------------------------- the verdict
 
 VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one.
-Reason first: say what you see, then answer the questions one by one, 1 for yes, 0 for no or when in
-doubt. A change of degree must be plain to see, a removal complete, a move large. Left and right of
-a person are the person's own. Where a question contradicts the instruction, the instruction wins.
-What it leaves alone must stay: a thing changed, lost or invented costs more than a half-done edit.
-The score from 0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is
-useless or unedited, 5 half usable, 8 nearly perfect. End with exactly these three lines:
+Judge how well the second image carries out the instruction on the first one. Say first what you
+see, then answer the questions, if any, one by one, 1 for yes, 0 for no or when in doubt. A change
+of degree must be plain to see, a removal complete, a move large. Left and right of a person are the
+person's own. Where a question contradicts the instruction, the instruction wins. What it leaves
+alone must stay: a thing changed, lost or invented costs more than a half-done edit. The score from
+0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is useless or
+unedited, 5 half usable, 8 nearly perfect. End with exactly these lines, the last one alone if there
+are no questions:
 [{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
 {"average_score": the share of ones}
-<score>your score</score>"""
-SCORE_RULES = """\
-Judge how well the second image carries out the instruction on the first one. Reason first: say what
-you see. Then score it from 0 to 10, decimals welcome: 0 is useless or unedited, 5 half usable, 8
-nearly perfect. End with exactly this line:
 <score>your score</score>"""
 
 
 def verdict_chat(source, edit, instruction, principles):
     """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles)
-    rules = f"Questions:\n{questions}{VERDICT_RULES}" if principles else SCORE_RULES
+    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles) or "none\n"
     return [{"role": "user", "content": [
         {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
         {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\n{rules}"}]}]
+        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
+                                 f"{VERDICT_RULES}"}]}]
 
 
 def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as written in `text`; None if unreadable.
+    """(0/1 per question, average in 0..1, score in 0..10) as last written in `text`, or None.
 
-    The last score counts, with the average and the list before it; nothing is guessed. Without
-    questions there is no list, and score / 10 stands in for the average.
+    Nothing is guessed. Without questions there is no list, and the average is score / 10.
     """
     number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
     average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
@@ -156,13 +149,13 @@ def verdict_loss(model, encode, chats, texts):
     longest = max(map(len, verdicts))
     labels = torch.tensor([v + [-100] * (longest - len(v)) for v in verdicts])       # (B, T)
     given = (labels != -100).long()
-    for key, verdict in dict(input_ids=labels.where(given > 0, encode.pad_id), attention_mask=given,
+    for key, verdict in dict(input_ids=labels * given, attention_mask=given,
                              mm_token_type_ids=0 * given.int()).items():
         inputs[key] = torch.cat([inputs[key], verdict], 1)                           # (B, P + T)
-    inputs = {k: v.to(model.device) for k, v in inputs.items()}
+    inputs = inputs.to(model.device)
     position, _ = model.model.get_rope_index(
         **{k: v for k, v in inputs.items() if k != "pixel_values"})
-    with autocast(model.device):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         out = model(**inputs, position_ids=position, use_cache=False, logits_to_keep=longest + 1)
     banned = torch.tensor(encode.banned, device=model.device)
     logits = out.logits[:, :-1].float().index_fill(-1, banned, -math.inf)            # (B, T, V)
@@ -172,32 +165,22 @@ def verdict_loss(model, encode, chats, texts):
 @torch.no_grad()
 def look_at_verdicts(model, encode, held, step, rank, world, args):
     """Loss and greedy verdicts on the held-out rows, which go to samples/."""
-    found, mine = [], range(rank, len(held), world)
-    for numbers in [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]:
-        chats = [row_chat(args, held[i]) for i in numbers]
-        loss = verdict_loss(model, encode, chats, [held[i]["text"] for i in numbers]).item()
+    found, mine = [], held[rank::world]
+    for some in [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]:
+        chats = [row_chat(args, row) for row in some]
+        loss = verdict_loss(model, encode, chats, [row["text"] for row in some]).item() / len(some)
         replies = ask_model(model, encode, chats, args.max_new, 0, 0)
-        found += [(i, reply, loss / len(numbers)) for i, reply in zip(numbers, replies)]
-    found = sorted(gather_rows(found))
+        found += [row | dict(reply=reply, loss=loss) for row, reply in zip(some, replies)]
+    found = gather_rows(found)
     if rank == 0:
-        read = [parse_verdict(reply, len(held[i]["principles"])) for i, reply, _ in found]
-        right = [v == g for row, verdict in zip(held, read) if verdict
+        read = [parse_verdict(row["reply"], len(row["principles"])) for row in found]
+        right = [v == g for row, verdict in zip(found, read) if verdict
                  for v, g in zip(verdict[0], row.get("gold", ()))]
-        rows = [row | dict(reply=reply) for row, (_, reply, _) in zip(held, found)]
-        Path(args.out, f"samples/step_{step:06d}.json").write_text(json.dumps(rows, indent=1))
+        Path(args.out, f"samples/step_{step:06d}.json").write_text(json.dumps(found, indent=1))
         log_step(args, step, dict(
-            held_loss=sum(loss for *_, loss in found) / sum(row["tokens"] for row in held),
+            held_loss=sum(row["loss"] for row in found) / sum(row["tokens"] for row in found),
             held_parsed=sum(map(bool, read)) / len(held),
             held_right=sum(right) / max(1, len(right))))
-
-
-def fault(row, encode, args):
-    """Why this row cannot be learned; None if it can. Notes the `tokens` of its verdict."""
-    row["tokens"] = len(encode.tokenizer(row["text"])["input_ids"]) + 1
-    if row["tokens"] > args.max_length:
-        return f"the verdict has {row['tokens']} tokens, --max_length is {args.max_length}"
-    if "<|" in row["text"] or not parse_verdict(row["text"], len(row["principles"])):
-        return "the text is no readable verdict"
 
 
 def main():
@@ -205,33 +188,22 @@ def main():
     rank, world, device = setup()
     rows = read_rows(args.data, ("source", "edit", "instruction", "principles", "text"),
                      "Make it with build_sft.py (README, stage 2).")
+    bad = [row["id"] for row in rows if "<|" in row["text"]
+           or not parse_verdict(row["text"], len(row["principles"]))]
+    known = {row["source"] for row in rows[-args.held_out:]}    # nor are their other edits learned
+    train, held = [row for row in rows if row["source"] not in known], rows[-args.held_out:]
+    if bad or len(train) < args.batch or min(len(held), args.batch) < world:
+        raise SystemExit(f"{args.data}: {len(train)} rows to learn and {len(held)} held out do not "
+                         f"make a --batch on {world} rank(s), or rows {bad} are no verdicts.")
     if rank == 0:                      # a torn picture must not stop the run an hour later
-        jobs = [(row, key) for row in rows for key in ("source", "edit")]
-        with ThreadPoolExecutor() as pool:
-            all(pool.map(lambda job: open_image(args.data, *job), jobs))
-    model, encode = load_vlm(args.model, "cpu" if world > 1 else device, torch.float32)
-    failed = [row | dict(error=error) for row in rows if (error := fault(row, encode, args))]
-    rows = [row for row in rows if row["id"] not in {f["id"] for f in failed}]
-    held = rows[-args.held_out:]
-    known = {row["source"] for row in held}                     # nor are their other edits learned
-    train = [row for row in rows if row["source"] not in known]
-    if len(train) < args.batch or min(len(held), args.batch) < world:
-        raise SystemExit(f"{args.data}: {len(failed)} rows failed {failed[:1]}; too few are left "
-                         f"for --batch and --held_out on {world} rank(s).")
-    model.model.visual.requires_grad_(False)
-    if device.type == "cuda":      # recompute the MLPs: most of the memory
-        for layer in model.model.language_model.layers:
-            layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
-    if world > 1:
-        shard(model)
+        all(ThreadPoolExecutor().map(partial(row_chat, args), rows))
+    model, encode = load_policy(args.model, device, world)
+    for row in rows:
+        row["tokens"] = len(encode.tokenizer(row["text"])["input_ids"]) + 1
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0)
     args.steps = args.epochs * (len(train) // args.batch)
     first = start_run(args, model, optimizer, rank)
-    if rank == 0:
-        Path(args.out, "failed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in failed))
-        print(f"{len(failed) + len(rows)} rows: {len(train)} to learn, {len(held)} held out, "
-              f"{len(failed)} failed, {len(rows) - len(train) - len(held)} share a held-out source")
 
     for step in range(first, args.steps + 1):
         # ---- look at the held-out rows, save
@@ -268,57 +240,69 @@ def main():
         if rank == 0:
             log_step(args, step, dict(loss=loss, grad_norm=norm, tokens=total))
     save_model(model, encode, f"{args.out}/model", rank)
-    finish()
+    if world > 1:                      # gloo's threads can die in Python's own exit
+        dist.barrier()
+        os._exit(0)
 
 
 # ---------------------------------------------------------------- helpers, the same in every script
 
 def read_rows(path, fields, made_by):
     """The rows of a JSONL file: every line whole, every id once, every field there."""
-    rows, number = {}, 0
+    rows = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
-            if missing := [name for name in ("id", *fields) if name not in row]:
-                raise ValueError(f"no field {', '.join(missing)}")
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} stands there twice")
-            if "<|" in row.get("instruction", "") + str(row.get("principles")):
-                raise ValueError("<| in instruction or principles would be read as a token")
-            if any({"question", "category"} - {*p} for p in row.get("principles", ())):
-                raise ValueError("principles are [{question, category}, ...]")
+            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
+            missing = [name for name in ("id", *fields) if name not in row]
+            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
             rows[row["id"]] = row
-        if not rows:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        where = f"{path}, line {number}" if number else path
-        raise SystemExit(f"{where}: {error}. Mend or delete it. {made_by}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
 
 
 def open_image(path, row, key, max_pixels=512 * 28 * 28):
     """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
-    file = Path(path).parent / str(row[key])
     try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+        file = Image.open(Path(path).parent / str(row[key]))
+        image = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {file} does not open ({error}). "
+        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
                          "Restore the picture or delete the row.")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
     return image
 
 
+def load_policy(folder, device, world):
+    """(model, Encoder) to train, in fp32, the vision tower frozen; FSDP2 if there are more ranks.
+
+    A rank then keeps its part of weights and moments, and whole layers from a forward to the next
+    backward: ranks that sample need not wait for each other.
+    """
+    model, encode = load_vlm(folder, "cpu" if world > 1 else device, torch.float32)
+    layers, vision = model.model.language_model.layers, model.model.visual.requires_grad_(False)
+    for layer in layers if device.type == "cuda" else ():   # recompute the MLPs: most of the memory
+        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in [*layers, *vision.blocks, model] if world > 1 else ():
+        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
+        module.set_gradient_divide_factor(1.0)              # sums: the loss carries the global 1/n
+        module.set_force_sum_reduction_for_comms(True)
+    return model, encode
+
+
 def load_vlm(folder, device, dtype):
     """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval(), Encoder(folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]} "
-                         "Give a Hugging Face folder or hub id.")
+        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
 class Encoder:
@@ -328,33 +312,31 @@ class Encoder:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.pad_id = self.tokenizer.pad_token_id
-        self.ends = [self.tokenizer.eos_token_id, self.pad_id]    # stock models may write either
+        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        pixels = self.images([part["image"] for chat in chats for part in chat[0]["content"]
+        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
                               if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(chats, tokenize=False,
-                                                   add_generation_prompt=True)
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
         texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]                                 # 3-D positions need the types
-        return dict(input_ids=ids, attention_mask=inputs["attention_mask"], **pixels,
-                    mm_token_type_ids=(ids == self.banned[0]).int())
+        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
+        images = inputs["input_ids"] == self.banned[0]
+        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
+        return inputs
 
 
+@torch.no_grad()
 def ask_model(model, encode, chats, max_new, temperature, seed):
     """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
-    inputs = {k: v.to(model.device) for k, v in encode(chats).items()}
-    draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    inputs = encode(chats).to(model.device)
+    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, repetition_penalty=1.0, suppress_tokens=encode.banned,
-        eos_token_id=encode.ends, pad_token_id=encode.pad_id,
-        **(draw if temperature else dict(do_sample=False)))
+        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
     torch.manual_seed(seed)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
-                                         enabled=model.device.type == "cuda"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
     tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -367,11 +349,6 @@ def batch_rows(n, size, seed, step):
     return order[place * size:(place + 1) * size].tolist()
 
 
-def autocast(device):
-    """bf16 compute on a GPU, fp32 on a CPU; the weights themselves stay as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def setup():
     """Join the process group that torchrun announced, or run alone: rank, world size, device."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
@@ -379,9 +356,8 @@ def setup():
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:                                       # rank 0 alone saves large files: an hour
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -394,38 +370,25 @@ def gather_rows(rows):
     return sum(parts, [])
 
 
-def shard(model):
-    """FSDP2: a rank keeps its part of weights and moments, and whole layers from a forward to the
-    next backward: ranks that sample need not wait for each other."""
-    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in [*model.model.language_model.layers, *model.model.visual.blocks, model]:
-        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
-        module.set_gradient_divide_factor(1.0)          # sums: the loss carries the global 1/n
-        module.set_force_sum_reduction_for_comms(True)
-
-
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
                          strict=False)                  # one file, whatever the number of ranks
 
 
 def start_run(args, model, optimizer, rank):
     """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, metrics, step = Path(args.out), Path(args.out, "metrics.jsonl"), 0
-    if metrics.exists() and not args.resume:
-        raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
-    if args.resume and Path(out, "state.pt").exists():
-        saved = torch.load(Path(out, "state.pt"), weights_only=True, mmap=True)
+    out, step, logged = Path(args.out), 0, 0
+    if args.resume and (out / "state.pt").exists():
+        saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
         set_state_dict(model, optimizer, model_state_dict=saved["model"],
                        optim_state_dict=saved["optimizer"], options=STATE)
-        step = saved["step"]
-    rows = metrics.read_text().splitlines(True) if metrics.exists() else []
-    gather_rows([])                                     # all have read before rank 0 writes
+        step, logged = saved["step"], saved["logged"]
     if rank == 0:
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        Path(out, "config.json").write_text(json.dumps(vars(args), indent=1))
-        metrics.write_text("".join(row for row in rows if row.endswith("\n")
-                                   and json.loads(row)["step"] < step))
+        if (out / "metrics.jsonl").exists() and not args.resume:
+            raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(args), indent=1))
+        with open(out / "metrics.jsonl", "ab") as file:
+            file.truncate(logged)                       # rows since the state come again
     args.begun, args.first = time.time(), step
     return step
 
@@ -434,7 +397,8 @@ def save_state(out, step, model, optimizer, rank):
     """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
     weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
     if rank == 0:
-        torch.save(dict(step=step, model=weights, optimizer=moments), f"{out}/state.tmp")
+        torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
+                        optimizer=moments), f"{out}/state.tmp")
         os.replace(f"{out}/state.tmp", f"{out}/state.pt")
 
 
@@ -444,10 +408,9 @@ def save_model(model, encode, folder, rank):
         full_state_dict=True, cpu_offload=True))                  # every rank takes part
     if rank == 0:
         state = {name: state[name] for name, _ in model.named_parameters()}   # a tied weight once
-        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         model.save_pretrained(f"{folder}.tmp", state_dict=state)
-        encode.tokenizer.save_pretrained(f"{folder}.tmp")
-        encode.images.save_pretrained(f"{folder}.tmp")
+        for part in (encode.tokenizer, encode.images):
+            part.save_pretrained(f"{folder}.tmp")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.tmp", folder)
 
@@ -461,15 +424,6 @@ def log_step(args, step, metrics):
     row = dict(step=step) | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     with open(f"{args.out}/metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def finish():
-    """End all ranks without Python's own exit, in which gloo's threads can die."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -192,15 +192,14 @@ def imgedit_marks(ask, cap, max_new, rows, pictures):
 
 def judge_imgedit(args):
     """edits.jsonl -> scores.jsonl with a `score`, which evaluate.py report reads."""
-    rank, world, device = evaluate.find_rank()
+    rank, _, device = evaluate.find_rank()
     rows = evaluate.read_rows(args.edits, ("source", "instruction", "edit"), "")
     out = Path(args.out, "scores.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    evaluate.start_file(out, rank)
+    written = evaluate.start_file(out, rank)
     work = partial(imgedit_marks, evaluate.connect(args.vlm, device), args.cap, args.max_new)
     rows = [evaluate.move_paths(row, ("source", "edit"), args.edits, out) for row in rows]
-    evaluate.grow(out, evaluate.cut(rows, args.batch)[rank::world], lambda batch:
-                  evaluate.open_pictures(out, batch, ("source", "edit"), work), rank)
+    evaluate.grow(out, written, rows, ("source", "edit"), work, args.batch)
 
 
 def write_pairs(args):

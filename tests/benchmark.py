@@ -139,7 +139,7 @@ def plain_rollout(model, encode, chats, n, tokens):
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
     model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE,
-                   eos_token_id=None, pad_token_id=encode.pad_id, logits_processor=[bend])
+                   eos_token_id=None, pad_token_id=encode.ends[1], logits_processor=[bend])
     return torch.cat(found, 1)
 
 
@@ -223,7 +223,7 @@ def measure_flow(prompts=16, group=12):
 
     def floor():
         for kwargs, grad in calls:
-            with torch.set_grad_enabled(grad), F.autocast(DEVICE):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=False):
                 out = pipe.transformer(**kwargs)[0]
             if grad:
                 out.float().sum().backward()

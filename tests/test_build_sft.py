@@ -258,7 +258,7 @@ def test_two_ranks_write_the_same_rows(run, monkeypatch, tmp_path):
 def test_a_batch_is_its_single_edits():
     """An edit depends on its own source, instruction and noise alone; another size is no trouble."""
     pipe = B.load_editor(str(ROOT / "toy/models/editor"), torch.device("cpu"))
-    args = SimpleNamespace(steps=2, guidance=2.5, size=32, text_length=16)
+    args = SimpleNamespace(steps=2, guidance=2.5, size=32)
     sources = [Image.new("RGB", size, c) for size, c in (((32, 32), "red"), ((40, 20), "blue"), ((9, 9), "gray"))]
     prompts = ["remove the red circle", "change the background to pink", "remove the red circle"]
     noise = lambda i: torch.Generator().manual_seed(i)
@@ -275,6 +275,7 @@ def test_a_pipeline_gets_what_it_knows():
 
     class Kontext:
         transformer = SimpleNamespace(config=dict(guidance_embeds=True))
+        tokenizer_2 = SimpleNamespace(model_max_length=16)
 
         def __call__(self, image, prompt, guidance_scale=3.5, true_cfg_scale=1.0, height=None, width=None,
                      generator=None, max_area=1024 ** 2, _auto_resize=True):
@@ -289,7 +290,7 @@ def test_a_pipeline_gets_what_it_knows():
             calls.append((prompt, width, height, negative_prompt, true_cfg_scale))
             return SimpleNamespace(images=[*zip(image, generator)])
 
-    args = SimpleNamespace(steps=3, guidance=2.5, size=0, text_length=16)
+    args = SimpleNamespace(steps=3, guidance=2.5, size=0)
     kontext, qwen = (1024 ** 2, True, 2.5, 1.0), (" ", 2.5)
     for pipe, sources, want in (
             (Kontext(), two, [(["a"], 40, 30, *kontext), (["b"], 20, 20, *kontext)]),
@@ -324,10 +325,10 @@ def test_the_toy_s_own_models(tmp_path, run_here):
 def test_bad_input_stops_at_once(run, principles, tmp_path, run_here):
     """One line that names the file, the line and what to do; no model is asked."""
     good = Path(principles).read_text()
-    for lines, message in ((good[:-9], "line 9: .*decompose.py"), ("", "empty.*decompose.py"),
-                           (good + good.splitlines()[0], "line 10: the id 'r/0' stands there twice"),
-                           ('{"id": 1, "source": "x.png", "instruction": "x"}\n', "line 1: no field principles"),
-                           (good.replace("category", "kind", 1), "line 1: principles are")):
+    for lines, message in ((good[:-9], "line 9: .*decompose.py"), ("", "line 1: .*decompose.py"),
+                           (good + good.splitlines()[0], "line 10: .*its id twice"),
+                           ('{"id": 1, "source": "x.png", "instruction": "x"}\n', "line 1: .*no .*principles"),
+                           (good.replace("category", "kind", 1), "line 1: KeyError.'category'")):
         Path(principles).write_text(lines)
         with pytest.raises(SystemExit, match=f"{principles}.*{message}") as stop:
             run("out")

@@ -275,16 +275,16 @@ def test_a_picture_that_does_not_open_is_a_failed_row(run_here, tmp_path, bench,
 def test_bad_input_says_what_to_do(run_here, tmp_path, bench):
     """One line that names the file and the line, before a model is loaded; a folder that is no model names itself."""
     lines, bad = bench.read_text().splitlines(), bench.parent / "bad.jsonl"
-    for text, message in [("\n".join(lines)[:-30], "bad.jsonl, line 12"), ("\n".join([*lines, lines[0]]), "line 13: .*'p0'.*twice"),
-                          ("", "empty"), ("{}", "line 1: no field id"), (lines[0].replace("rejected", "left"), "no field rejected"),
-                          (lines[0].replace("principles", "p"), "no field principles"), ("\n".join(lines), "in is no Qwen")]:
+    for text, message in [("\n".join(lines)[:-30], "bad.jsonl, line 12"), ("\n".join([*lines, lines[0]]), "line 13: .*its id twice"),
+                          ("", "line 1: "), ("{}", "line 1: .*no .*id"), (lines[0].replace("rejected", "left"), "no .*rejected"),
+                          (lines[0].replace("principles", "p"), "no .*principles"), ("\n".join(lines), "in is no Qwen")]:
         bad.write_text(text)
         with pytest.raises(SystemExit, match=message) as stop:
             run_here(evaluate, "reward", "--pairs", bad, "--vlm", bench.parent, "--out", tmp_path / "out")
         assert "\n" not in str(stop.value)
     for words, message in [(("edit", "--prompts", bench, "--editor", bench.parent), "is no editor"),
                            (("judge", "--edits", tmp_path / "no.jsonl", "--vlm", "x"), "no.jsonl"),
-                           (("reward", "--scores", bench), "no field chosen_score")]:
+                           (("reward", "--scores", bench), "no .*chosen_score")]:
         with pytest.raises(SystemExit, match=message):
             run_here(evaluate, *words, "--out", tmp_path / "out")
 
@@ -357,7 +357,7 @@ def test_a_server_in_trouble(run_here, tmp_path, bench, server, name):
     done, failed = (read_rows(tmp_path / f"out/scores{end}.jsonl") for end in ("", ".failed"))
     assert [row["id"] for row in failed] == ["p3", "p4", "p5", "p6"] and all(row["error"] for row in failed)
     assert [row["id"] for row in done] == ["p0", "p1", "p2", *(f"p{i}" for i in range(7, 12))]
-    assert "rows in 12, done 8, skipped 0, failed 4" in said and {*server.waits} == {0, 1, 2, 4}
+    assert "rows in 12, done 8, skipped 0, failed 4" in said and {*server.waits} == {1, 2, 4}
     server.release.set()
     server.trouble = lambda i: None
     assert "done 4, skipped 8, failed 0" in run_here(evaluate, *server_flags(name, bench, server, tmp_path / "out"))

@@ -31,7 +31,7 @@ from conftest import ROOT, read_rows, run_script, say_verdict, write_rows
 NAN, SIZE, SHAPE = math.nan, 32, (4, 32)            # a picture's latent: S tokens of C numbers
 LORA = "lora/pytorch_lora_weights.safetensors"
 SMALL = ("--toy", "--group_size", 3, "--prompts_per_step", 4, "--updates", 2, "--lora_rank", 4,
-         "--lr", 1e-2, "--clip_eps", 1e-2, "--batch", 5, "--micro", 4, "--held_out", 2, "--steps", 3, "--every", 2)
+         "--lr", 1e-2, "--clip_eps", 1e-2, "--micro", 4, "--held_out", 2, "--steps", 3, "--every", 2)
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -127,7 +127,9 @@ def editor(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in dict(WIDTH=32, HEADS=1, SINGLE_BLOCKS=1, TEXT_WIDTH=32, VAE_CHANNELS=8).items():
             patch.setattr(pretrain_editor, name, value)
-        pretrain_editor.build_pipeline(pretrain_editor.build_vae()).save_pretrained(folder)
+        vae = pretrain_editor.build_vae()
+        vae.register_to_config(shift_factor=0.1, scaling_factor=1.5)          # FLUX's differ from 0 and 1, too
+        pretrain_editor.build_pipeline(vae).save_pretrained(folder)
     return str(folder)
 
 
@@ -142,7 +144,7 @@ def prompts(toy_rows):
 def settings(prompts, **changes):
     return SimpleNamespace(**dict(
         prompts=prompts, size=SIZE, group_size=3, num_steps=6, sde_window=2, sampler="sde", noise_level=0.7, seed=0,
-        batch=5, micro=3, updates=2, clip_eps=1e-2, beta=0.1, judge_batch=5, max_new=9) | changes)
+        micro=3, updates=2, clip_eps=1e-2, beta=0.1, judge_batch=5, max_new=9) | changes)
 
 
 def with_lora(pipe, scale=0.0):
@@ -193,13 +195,13 @@ def test_update_meets_ratio_one_and_the_exact_kl(setting, sampler, monkeypatch):
     for sigma, sigma_next, x, _, _ in path:
         both = []
         for on in (True, False):
-            F.switch_lora(pipe.transformer, on)
+            pipe.transformer.lora_on = on
             with torch.no_grad():
                 v = F.predict_velocity(pipe, x, sigma, told)
                 both.append(Normal(*step(x, v, sigma, sigma_next, 0.7)[2:]))
         kl.append(kl_divergence(*both).mean((1, 2)))
     assert torch.equal(F.predict_velocity(pipe, *asked), plain)
-    F.switch_lora(pipe.transformer, True)
+    pipe.transformer.lora_on = True
     assert not torch.equal(F.predict_velocity(pipe, *asked), plain)
     advantages = torch.tensor([[1.0, -1, 0]] * 3 + [[0] * 3])                 # the zeros are not computed
     pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -224,7 +226,7 @@ def test_noise_depends_on_prompt_step_and_k_alone(setting):
         path = F.rollout_edits(pipe, [rows[i] for i in numbers], told, sigmas, step, args)[1]
         return path[1][3].view(len(numbers), 3, *SHAPE), path[0][0].item(), path[0][2][0]
 
-    (four, *_), (third, *_) = draw([0, 1, 2, 3], 0), draw([2], 0, batch=12)
+    (four, *_), (third, *_) = draw([0, 1, 2, 3], 0), draw([2], 0, micro=12)
     assert torch.allclose(four[2], third[0], atol=1e-5) and (third[0, 0] - third[0, 1]).abs().mean() > 0.1
     _, starts, noise = zip(*(draw([0], step) for step in range(8)))
     assert {*starts} == {*sigmas[:2].tolist()}                   # the first half of six steps
@@ -406,11 +408,11 @@ def test_without_any_verdict_the_run_stops(flags, vlm, tmp_path, run_here, monke
 
 
 def test_it_learns(flags, tmp_path, run_here):
-    """Towards red in sixteen steps: the held-out edits, which are never trained on, follow."""
-    run_here(F, *flags, tmp_path, "--steps", 16, "--group_size", 6, "--beta", 0, "--every", 16, "--lr", 0.1,
-             "--batch", 24, "--micro", 24)
+    """Towards red: eight held-out edits, which are never trained on, follow (nine seeds: by 1.3 to 2.4)."""
+    run_here(F, *flags, tmp_path, "--steps", 25, "--group_size", 8, "--held_out", 8, "--beta", 0, "--every", 25,
+             "--micro", 48)
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert rows[-1]["held_reward"] > rows[0]["held_reward"] + rows[1]["group_std"], rows
+    assert rows[-1]["held_reward"] > rows[0]["held_reward"] + 0.7 * rows[1]["group_std"], rows
 
 
 # ---------------------------------------------------------------- bad input
@@ -427,12 +429,12 @@ def test_bad_input_stops_the_run_with_one_line(straight, flags, prompts, editor,
         return ["--prompts", write_rows(tmp_path / "rows", [*rows[:3], row, *rows[4:]])]
 
     for more, message in (
-            (lambda: fourth(principles=None), "rows, line 4: no field principles.*Run decompose.py"),
-            (lambda: fourth(id="row0"), "rows, line 4: the id 'row0' stands there twice"),
+            (lambda: fourth(principles=None), "rows, line 4: .*no .*principles.*Run decompose.py"),
+            (lambda: fourth(id="row0"), "rows, line 4: .*its id twice"),
             (lambda: fourth(source="no.png"), "rows, row row3: source .*no.png does not open .*Restore the picture"),
             (lambda: fourth(source="cut.png"), "rows, row row3: source .*cut.png does not open .*truncated"),
             (lambda: ["--prompts", tmp_path / "torn"], "torn, line 24: .*Run decompose.py"),
-            (lambda: ["--prompts", tmp_path / "empty"], "empty.* empty.*Run decompose.py"),
+            (lambda: ["--prompts", tmp_path / "empty"], "empty, line 1.*Run decompose.py"),
             (lambda: ["--prompts", tmp_path / "no.jsonl"], "no.jsonl.* Run decompose.py"),
             (lambda: ["--editor", tmp_path], f"{tmp_path} is no editor"),
             (lambda: ["--editor", ROOT / "toy/models/vlm"], "toy/models/vlm is no editor"),

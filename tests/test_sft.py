@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 from pathlib import Path
-from threading import Timer
+from threading import Timer, current_thread, main_thread
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +56,7 @@ def test_loss_is_the_policy_s_own_log_probability(setting):
     model, encode, chats, texts = setting
     verdicts = [encode.tokenizer(text)["input_ids"] + [encode.tokenizer.eos_token_id] for text in texts]
     longest = max(map(len, verdicts))
-    tokens = torch.tensor([v + [encode.pad_id] * (longest - len(v)) for v in verdicts])
+    tokens = torch.tensor([v + [encode.ends[1]] * (longest - len(v)) for v in verdicts])
     keep = torch.tensor([[t < len(v) for t in range(longest)] for v in verdicts])
     assert keep[-1].sum() == 1                                                       # an empty text: the end alone
     want = -G.verdict_logps(model, encode, chats, tokens, keep).sum(1)
@@ -79,35 +79,21 @@ def test_only_logits_of_the_verdict_are_computed(setting):
     assert not seen[0].grad[:, :, encode.banned].any() and not seen[0].grad[-1, 1:].any()
 
 
-def test_a_row_that_cannot_be_learned_says_why(setting, sft):
-    """Too long, unreadable, with a special token in it, or with a verdict on other questions."""
-    row, args = read_rows(sft)[0], SimpleNamespace(max_length=300)
-    assert S.fault(row, setting[1], args) is None
-    assert row["tokens"] == len(setting[1].tokenizer(row["text"])["input_ids"]) + 1
-    for change, word in ((dict(text="Good. " * 100 + row["text"]), "--max_length is 300"),
-                         (dict(text="I like it."), "no readable verdict"), (dict(principles=[]), None),
-                         (dict(text="<|image_pad|>" + row["text"]), "no readable verdict"),
-                         (dict(principles=row["principles"] * 2), "no readable verdict")):
-        found = S.fault(row | change, setting[1], args)
-        assert (found is None) if word is None else word in found
-
-
 # ---------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="module")
 def straight(vlm, sft, tmp_path_factory):
-    """(rows, folder, output) of an uninterrupted run of four steps; one row cannot be used."""
+    """(rows, folder, output) of an uninterrupted run of four steps."""
     rows, folder = read_rows(sft), tmp_path_factory.mktemp("sft")
     for row in rows:
         row |= {key: str(Path(sft).parent / row[key]) for key in ("source", "edit")}
-    rows[7]["text"] = "no verdict"
     data = write_rows(folder / "sft.jsonl", rows)
     return data, folder / "out", run_script("train_sft.py", *SMALL, "--data", data, "--model", vlm,
                                             "--out", folder / "out").stdout
 
 
 def test_run_writes_what_it_promises(straight, vlm):
-    """Metrics, held-out replies, the failed row, and a model for stock transformers; vision is frozen."""
+    """Metrics, held-out replies, and a model for stock transformers; vision is frozen."""
     _, out, text = straight
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows if "held_loss" in row] == [0, 2, 4]
@@ -118,8 +104,6 @@ def test_run_writes_what_it_promises(straight, vlm):
     held = json.loads((out / "samples" / "step_000004.json").read_text())
     assert [row["id"] for row in held] == [row["id"] for row in read_rows(straight[0])[-5:]]
     assert all(isinstance(row["reply"], str) for row in held)
-    assert "48 rows: 41 to learn, 5 held out, 1 failed, 1 share a held-out source" in text
-    assert [row["id"] for row in read_rows(out / "failed.jsonl")] == ["row3/wrong/0"]
     stock = AutoModelForImageTextToText.from_pretrained(out / "model", dtype=torch.float32)
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (vlm, out / "model"))
     assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.float32}
@@ -133,7 +117,8 @@ def test_held_out_sources_are_never_learned(straight, vlm, tmp_path, run_here, m
     """Nor is another edit of such a source: five rows hold out three sources of two edits each."""
     chat, learned = S.row_chat, set()
     monkeypatch.setattr(S, "row_chat", lambda args, row: (
-        learned.add(row["source"]) if torch.is_grad_enabled() else None, chat(args, row))[1])
+        learned.add(row["source"]) if torch.is_grad_enabled() and current_thread() is main_thread() else None,
+        chat(args, row))[1])                                             # other threads check the pictures
     run_here(S, *SMALL, "--data", straight[0], "--model", vlm, "--out", tmp_path, "--every", 99)
     assert len(learned) > 15 and not learned & {row["source"] for row in read_rows(straight[0])[-5:]}
 
@@ -207,15 +192,16 @@ def test_bad_input_stops_the_run_with_one_line(straight, vlm, tmp_path, run_here
         return ["--data", write_rows(tmp_path / "rows", [*rows[:3], row, *rows[4:]])]
 
     for more, message in (
-            (lambda: fourth(text=None), "rows, line 4: no field text. .*build_sft.py"),
-            (lambda: fourth(id=rows[0]["id"]), "rows, line 4: the id 'row0/right/0' stands there twice"),
+            (lambda: fourth(text=None), "rows, line 4: .*no .*text.*build_sft.py"),
+            (lambda: fourth(id=rows[0]["id"]), "rows, line 4: .*its id twice"),
             (lambda: fourth(edit="no.png"), "rows, row row1/wrong/0: edit .*no.png does not open .*Restore"),
             (lambda: fourth(edit="cut.png"), "rows, row row1/wrong/0: edit .*cut.png does not open .*truncated"),
-            (lambda: ["--data", write_rows(tmp_path / "few", rows[:12])], "few: 1 rows failed .*too few"),
-            (lambda: ["--data", write_rows(tmp_path / "bad", [row | dict(text="none") for row in rows])],
-             "bad: 48 rows failed .*no readable verdict"),
+            (lambda: ["--data", write_rows(tmp_path / "few", rows[:12])], "few: 6 rows to learn and 5 held out do not make a --batch"),
+            (lambda: fourth(text="I like it."), r"rows: .* rows \['row1/wrong/0'\] are no verdicts"),
+            (lambda: fourth(text="<|image_pad|>" + rows[3]["text"]), "row1/wrong/0.* no verdicts"),
+            (lambda: fourth(principles=rows[3]["principles"] * 2), "row1/wrong/0.* no verdicts"),
             (lambda: ["--data", tmp_path / "torn"], "torn, line 48: .*build_sft.py"),
-            (lambda: ["--data", tmp_path / "empty"], "empty.* empty. .*build_sft.py"),
+            (lambda: ["--data", tmp_path / "empty"], "empty, line 1.*build_sft.py"),
             (lambda: ["--data", tmp_path / "no.jsonl"], "no.jsonl.*build_sft.py"),
             (lambda: ["--model", tmp_path], f"{tmp_path} is no Qwen2.5-VL"),
             (lambda: ["--model", ROOT / "toy/models/editor"], "toy/models/editor is no Qwen2.5-VL"),

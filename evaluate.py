@@ -273,21 +273,18 @@ def make_edits(pipe, args, rows, pictures):
 
 
 def hook_lora(model, folder):
-    """Every Linear that the file names gains alpha / r B A x; merged, bf16 would round it away."""
-    path = Path(folder, "pytorch_lora_weights.safetensors")
+    """y = W x becomes W x + alpha / r B A x in every layer that the file names."""
     try:
-        with safe_open(path, "pt") as file:
-            note = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}
-        for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            layer = model.get_submodule(key.removeprefix("transformer.")[:-14])
-            a, b = (weights[key.replace("_A.", x)].to(layer.weight) for x in ("_A.", "_B."))
-            scale = note.get("transformer.lora_alpha", len(a)) / len(a)
-            layer.register_forward_hook(
-                lambda _, x, y, a=a, b=b, scale=scale: y + scale * (x[0] @ a.T @ b.T))
-    except (OSError, AttributeError) as error:
-        raise SystemExit(f"{path} does not fit the editor ({error}). Give an --editor and the LoRA "
-                         "that train_flow_grpo.py made for it (README, stage 5).")
+        with safe_open(Path(folder, "pytorch_lora_weights.safetensors"), "pt") as file:
+            notes = json.loads(file.metadata()["lora_adapter_metadata"])
+            for key in [key for key in file.keys() if key.endswith(".lora_A.weight")]:
+                layer = model.get_submodule(key.removeprefix("transformer.")[:-14])
+                a, b = (file.get_tensor(key.replace("_A.", x)).to(layer.weight)
+                        for x in ("_A.", "_B."))
+                b = b * notes["transformer.lora_alpha"] / len(a)
+                layer.register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.T @ b.T)
+    except (OSError, AttributeError, KeyError, TypeError) as error:
+        raise SystemExit(f"{folder} has no LoRA of train_flow_grpo.py for this editor: {error!r}")
 
 
 def grow_file(args):

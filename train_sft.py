@@ -10,9 +10,9 @@ nothing on the prompt.
       -> [two images, instruction, principles | verdict]
       -> out/model (the SFT-RRM that train_gcpo.py sharpens), metrics.jsonl, samples/
 
-The last --held_out rows, and all that share a source with them, are not trained on. There you can
-watch the verifier being born: held_loss, held_parsed (share of readable verdicts), held_right (the
-share of their answers that equal the inspector's gold). samples/ has the greedy verdicts.
+The last --held_out rows, and all that share a source with them, are not trained on. There
+held_loss, held_parsed (share of readable verdicts) and held_right (share of their answers that
+equal the inspector's gold) show the verifier being born; samples/ has its greedy verdicts.
 
 Shapes: B rows, P tokens of a prompt, T of a verdict, V vocabulary.
 
@@ -127,11 +127,8 @@ def response_loss(logits, labels):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over a twentieth of the steps, then half a cosine down to zero."""
-    warmup = steps / 20
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    """Half a cosine down to zero, under a linear warm-up over a twentieth of the steps."""
+    return peak * min(20 * (step + 1) / (steps + 20), (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 # ---------------------------------------------------------------- the model

@@ -35,8 +35,8 @@ def test_response_loss_by_hand():
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     rates = [S.learning_rate(step, 100, 1.0) for step in range(101)]
-    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])        # a twentieth is five steps
-    assert rates[5:] == pytest.approx([(1 + math.cos(math.pi * k / 95)) / 2 for k in range(96)])
+    assert rates[:5] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])           # a twentieth is five steps
+    assert rates[5:] == pytest.approx([(1 + math.cos(math.pi * k / 100)) / 2 for k in range(5, 101)])
     assert S.learning_rate(0, 1, 1.0) > 0.9                                          # a run of one step learns
 
 

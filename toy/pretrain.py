@@ -427,7 +427,7 @@ def editor_pool(folders, n, seeds, split="pretrain", name=0):
     """The editors' own edits of n prompts, `seeds` each: rows, sources, edits."""
     rows = W.edits_of(split, n, seed=name)
     sources, texts = [W.to_pil(p) for p in W.render([r[0] for r in rows])], [r[1] for r in rows]
-    config = argparse.Namespace(steps=6, guidance=2.5, text_length=16, size=W.SIZE)
+    config = argparse.Namespace(steps=6, guidance=2.5, size=W.SIZE)
     every, before, after = [], [], []
     for folder in folders:
         pipe = build_sft.load_editor(folder, torch.device(DEVICE))

@@ -7,7 +7,7 @@ out=${1:-runs/toy}
 data=$out/data
 models=toy/models
 rm -rf "$out"
-export OMP_WAIT_POLICY=PASSIVE    # threads that spin while they wait triple the time of a busy machine
+export GOMP_SPINCOUNT=10000    # threads that spin for longer while they wait slow a busy machine down
 
 run() {
     printf '\n\033[1m$ %s\033[0m   (minute %d)\n' "$*" $((SECONDS / 60))

@@ -139,7 +139,7 @@ def plain_rollout(model, encode, chats, n, tokens):
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
     model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE,
-                   eos_token_id=None, pad_token_id=encode.ends[1], logits_processor=[bend])
+                   eos_token_id=None, pad_token_id=encode.tokenizer.pad_token_id, logits_processor=[bend])
     return torch.cat(found, 1)
 
 

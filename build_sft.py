@@ -1,19 +1,16 @@
 """Stage 2 of 6: cold-start data from editors, judges and an inspector (Edit-R1, arXiv 2604.27505).
 
-    a  candidates.jsonl   editors x seeds edit every source: the quadruples (x_edit, x_ref, q, P)
-    b  traces.jsonl       a pool of VLMs x temperatures x samples reason about each, write a verdict
-    c  sft.jsonl          an inspector sees images, principles, all traces; writes gold_k in {0, 1}
-
-       accuracy_i = mean_k 1[verdict_ik = gold_k],    the most accurate trace is what stage 3 learns
-
-    principles.jsonl -> + edit, editor, seed
-                     -> + traces: [{vlm, temperature, text, verdict, average, score}], unread
-                     -> + gold, accuracy, chosen (index), text (of the chosen trace)
+    a  principles.jsonl -> candidates.jsonl  {+ edit, editor, seed}
+           editors x seeds edit every source: the quadruples (x_edit, x_ref, q, P)
+    b  -> traces.jsonl  {+ traces: [{vlm, temperature, text, verdict, average, score}], unread}
+           a pool of VLMs x temperatures x samples reason about each, and write a verdict
+    c  -> sft.jsonl  {+ gold, accuracy, chosen (index), text (of the chosen trace)}
+           an inspector sees images, principles, all traces, and writes gold_k in {0, 1}
+           accuracy_i = mean_k 1[verdict_ik = gold_k]; stage 3 learns the most accurate trace
 
 Step a runs if --editors is given, b if --pool is, c if --inspector is. Each goes on where its file
 in --out ends, so changed settings want another --out; what cannot be used: <step>.failed.jsonl.
-Edits made elsewhere may be brought along as candidates.jsonl; step a alone makes the candidates of
-preference pairs.
+Step a alone makes the candidates of preference pairs; edits made elsewhere enter at step b.
 
     python build_sft.py --toy --principles principles.jsonl --out runs/toy/sft \
         --editors toy/models/editor toy/models/editor_weak \
@@ -24,14 +21,12 @@ preference pairs.
 
 Against the paper: its editors are FLUX.1-Kontext, BAGEL and SeedEdit 3.0, ours any of diffusers;
 its judges are two Seed-VL APIs with several prompts, ours any Qwen-VL or server with one prompt;
-how many seeds, samples and temperatures is not printed. Its selector is a VLM that follows rules,
-ours is the rules: ties go as in its appendix, average, then score, then the lower index. As there,
-no accuracy is too low to be chosen.
+it prints no number of seeds, samples or temperatures. Its selector is a VLM that follows rules,
+ours is these rules, ties as in its appendix; as there, no accuracy is too low to be chosen.
 
 What to change for ... another rule of selection: `choose_trace`. Other editors: `run_pipeline`.
 """
 import argparse, base64, inspect, io, json, math, os, re, sys, time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -45,8 +40,7 @@ from huggingface_hub import InferenceClient
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-TOY = dict(seeds=2, steps=6, size=32, temperatures=(0.7, 1.0), samples=1,
-           max_new=128, batch=48)
+TOY = dict(seeds=2, steps=6, size=32, temperatures=(0.7, 1.0), samples=1, max_new=128, batch=48)
 
 
 def parse_args():
@@ -55,19 +49,16 @@ def parse_args():
     flags.add_argument("--toy", action="store_true", help=f"for the toy world: {TOY}")
     flags.add_argument("--principles", required=True, help="principles.jsonl of stage 1")
     flags.add_argument("--out", required=True, help="folder for the three files and images/")
-    # a: candidates
     flags.add_argument("--editors", nargs="+", default=[], help="diffusers folders or hub ids")
     flags.add_argument("--seeds", type=int, default=4, help="edits per source and editor")
     flags.add_argument("--steps", type=int, default=28, help="denoising steps")
-    flags.add_argument("--guidance", type=float, default=2.5, help="Kontext's; Qwen's is 4")
+    flags.add_argument("--guidance", type=float, default=0, help="0: 2.5 for Kontext, 4 for Qwen")
     flags.add_argument("--size", type=int, default=0, help="of a square; 0: the editor's choice")
-    # b, c: verdicts
     flags.add_argument("--pool", nargs="+", default=[], help="VLMs: folders, hub ids or URLs")
     flags.add_argument("--temperatures", nargs="+", type=float, default=(0.3, 1.0), help="0 greedy")
     flags.add_argument("--samples", type=int, default=2, help="traces per VLM and temperature")
     flags.add_argument("--inspector", default="", help="VLM that writes gold; greedy")
     flags.add_argument("--max_new", type=int, default=2048, help="longest reply in tokens")
-    # run
     flags.add_argument("--batch", type=int, default=8, help="edits or verdicts at once, per rank")
     flags.add_argument("--seed", type=int, default=0, help="of every edit and trace")
     if "--toy" in sys.argv:
@@ -143,14 +134,13 @@ def inspector_chat(source, edit, instruction, principles, traces):
 
 def parse_gold(text, n_questions):
     """The inspector's 0/1 per question, or None if unreadable; the last {"gold": [...]} counts."""
-    for start in reversed([m.start() for m in re.finditer(r"\{\s*\"gold\"\s*:\s*\[", text)]):
-        try:
-            gold = [item["gold"] for item in json.JSONDecoder().raw_decode(text, start)[0]["gold"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        good = len(gold) == n_questions and all(type(g) is int and g in (0, 1) for g in gold)
-        return gold if good else None
-    return None
+    *_, start = [0, *(found.start() for found in re.finditer(r'\{\s*"gold"\s*:\s*\[', text))]
+    try:
+        gold = [item["gold"] for item in json.JSONDecoder().raw_decode(text, start)[0]["gold"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    good = len(gold) == n_questions and all(type(g) is int and g in (0, 1) for g in gold)
+    return gold if good else None
 
 
 def choose_trace(traces, gold):
@@ -192,8 +182,7 @@ def write_traces(pool, args, rows, pictures):
                                       | dict(zip(("verdict", "average", "score"), verdict)))
             else:
                 gain["unread"] += 1
-    return [gain if gain["traces"] else dict(error="no verdict can be read") | gain
-            for gain in gains]
+    return [gain if gain["traces"] else dict(error="no readable verdict") | gain for gain in gains]
 
 
 def choose_traces(ask, args, rows, pictures):
@@ -202,13 +191,12 @@ def choose_traces(ask, args, rows, pictures):
              for row, pair in zip(rows, pictures)]
     gains = []
     for row, reply in zip(rows, ask(chats, args.max_new, 0, 0)):
-        gold = isinstance(reply, str) and parse_gold(reply, len(row["principles"]))
+        gold = parse_gold(str(reply), len(row["principles"]))
+        gains.append(dict(error=f"unreadable reply of the inspector: {reply!r}"))
         if gold:
             chosen, accuracy = choose_trace(row["traces"], gold)
-            gains.append(dict(gold=gold, accuracy=accuracy, chosen=chosen,
-                              text=row["traces"][chosen]["text"]))
-        else:
-            gains.append(dict(error=f"unreadable reply of the inspector: {reply!r}"))
+            gains[-1] = dict(gold=gold, accuracy=accuracy, chosen=chosen,
+                             text=row["traces"][chosen]["text"])
     return gains
 
 
@@ -220,10 +208,9 @@ def main():
     if len({Path(editor).name for editor in args.editors}) < len(args.editors):
         raise SystemExit("Two --editors of one folder name: their edits would have the same ids.")
     Path(args.out, "images").mkdir(parents=True, exist_ok=True)
-    candidates, traces, sft = (Path(args.out, f"{step}.jsonl")
-                               for step in ("candidates", "traces", "sft"))
-    written = {path: start_file(path, rank) for path, runs in (
-        (candidates, args.editors), (traces, args.pool), (sft, args.inspector)) if runs}
+    steps = dict(candidates=args.editors, traces=args.pool, sft=args.inspector)
+    candidates, traces, sft = paths = [Path(args.out, f"{step}.jsonl") for step in steps]
+    written = {path: start_file(path, rank) for path, runs in zip(paths, steps.values()) if runs}
 
     # ---- a: quadruples, editor by editor
     edits = []
@@ -239,19 +226,17 @@ def main():
 
     # ---- b: traces
     if args.pool:
-        pool = {vlm: connect(vlm, device) for vlm in args.pool}
+        work = partial(write_traces, {vlm: connect(vlm, device) for vlm in args.pool}, args)
         edits = edits or read_rows(candidates, ("edit",), "Use --editors.")
-        edits = grow(traces, written[traces], edits, ("source", "edit"),
-                     partial(write_traces, pool, args), args.batch)
+        edits = grow(traces, written[traces], edits, ["source", "edit"], work, args.batch)
 
     # ---- c: gold, and the trace to learn
     if args.inspector:
-        ask = connect(args.inspector, device)
+        work = partial(choose_traces, connect(args.inspector, device), args)
         edits = edits if args.pool else read_rows(traces, ("traces",), "Use --pool.")
-        chosen = grow(sft, written[sft], edits, ("source", "edit"),
-                      partial(choose_traces, ask, args), args.batch)
-        share = [row["accuracy"] for row in chosen if row] or [math.nan]
-        print(f"the chosen traces agree with the inspector: {sum(share) / len(share):.1%}")
+        chosen = grow(sft, written[sft], edits, ["source", "edit"], work, args.batch)
+        share = np.mean([row["accuracy"] for row in chosen if row])
+        print(f"the chosen traces agree with the inspector: {share:.1%}")
 
 
 # ---------------------------------------------------------------- helpers, the same in every script
@@ -263,10 +248,9 @@ def read_rows(path, fields, made_by):
         for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
             asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            missing = [name for name in ("id", *fields) if name not in row]
-            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
-            rows[row["id"]] = row
+            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError("its id twice, or a token <|...|>")
+            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
@@ -288,12 +272,11 @@ def open_image(path, row, key, max_pixels=512 * 28 * 28):
 def start_file(path, rank):
     """{id: row} of a JSONL file that will go on growing, without a last line torn by a kill."""
     path.touch()
-    lines = path.read_bytes()
-    lines = lines[:lines.rfind(b"\n") + 1]
+    *lines, torn = path.read_bytes().split(b"\n")
     if rank == 0:                                       # what failed will be tried again
-        os.truncate(path, len(lines))
+        os.truncate(path, path.stat().st_size - len(torn))
         path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
-    return {row["id"]: row for row in map(json.loads, lines.splitlines())}
+    return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
@@ -304,29 +287,23 @@ def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
     -> the rows as written, None for what failed and for the rows of other ranks
     """
     rank, world, _ = find_rank()
-    counts = Counter()
+    failed, counts = path.with_suffix(".failed.jsonl"), np.zeros(3, int)
     for i in tqdm(range(rank * size, len(rows), world * size), path.stem, disable=rank > 0):
-        batch = [row for row in rows[i:i + size] if row]
-        ready, pictures, gains = [], [], {}
-        for row in batch if {row["id"] for row in batch} - {*written} else ():
+        batch, ready, gains = [row for row in rows[i:i + size] if row], {}, {}
+        for row in batch if any(row["id"] not in written for row in batch) else ():
             try:
-                pictures.append([open_image(path, row, key, max_pixels) for key in keys])
-                ready.append(row)
+                ready[row["id"]] = row, [open_image(path, row, key, max_pixels) for key in keys]
             except SystemExit as error:
                 gains[row["id"]] = dict(error=str(error))
-        gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else ())
-        for row in batch:
-            new = row | gains.get(row["id"], {})
-            fate = "skipped" if row["id"] in written else "failed" if "error" in new else "done"
-            counts[fate] += 1
-            if fate != "skipped":
-                file = path if fate == "done" else path.with_suffix(".failed.jsonl")
-                with open(file, "a") as file:
-                    file.write(json.dumps(new) + "\n")
-            if fate == "done":
-                written[row["id"]] = new
-    print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
-          f"failed {counts['failed']}")
+        gains |= zip(ready, work(*zip(*ready.values())) if ready else ())
+        new = [row | gains[row["id"]] for row in batch if row["id"] not in written]
+        good = {row["id"]: row for row in new if "error" not in row}
+        for row in new:
+            with open(path if row["id"] in good else failed, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        written |= good
+        counts += len(good), len(batch) - len(new), len(new) - len(good)
+    print(f"{path}: rows in {counts.sum()},", "done {}, skipped {}, failed {}".format(*counts))
     return [row and written.get(row["id"]) for row in rows]
 
 
@@ -354,6 +331,16 @@ def load_vlm(folder, device, dtype):
         raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
+def place_pictures(images, tokenizer, pictures, texts):
+    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
+    inputs = images(pictures, return_tensors="pt")
+    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
+    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
+
+
 class Encoder:
     """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
@@ -364,16 +351,9 @@ class Encoder:
         self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
-                              if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True)
-        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
-        images = inputs["input_ids"] == self.banned[0]
-        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
-        return inputs
+        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
+        return place_pictures(self.images, self.tokenizer, images, text)
 
 
 @torch.no_grad()
@@ -394,17 +374,15 @@ def ask_model(model, encode, chats, max_new, temperature, seed):
 def ask_server(url, chats, max_new, temperature, seed):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
-    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                             timeout=300)
+    client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
     def reply(chat, wait=1):
-        content = []
-        for part in chat[0]["content"]:
-            if part["type"] == "image":
+        content = [*chat[0]["content"]]
+        for i, part in enumerate(content):
+            if "image" in part:
                 part["image"].save(png := io.BytesIO(), "PNG")
-                data = base64.b64encode(png.getvalue()).decode()
-                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-            content.append(part)
+                data = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+                content[i] = dict(type="image_url", image_url=dict(url=data))
         try:
             return client.chat_completion(
                 [dict(role="user", content=content)], model=name or "default", seed=seed,
@@ -426,35 +404,50 @@ def load_editor(folder, device):
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()      # missing torchvision and accelerate: known and harmless
         logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, processor=None)
+        if "Qwen" in type(pipe).__name__:
+            mend_qwen(pipe, folder)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} is no editor of diffusers: {str(error).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
+
+
+def mend_qwen(pipe, folder):
+    """Qwen-Image-Edit without torchvision, and with the 3-D positions that diffusers forgets."""
+    seer = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
+    pipe.processor = lambda text, images, **_: place_pictures(seer, pipe.tokenizer, images, text)
+    place = pipe.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    forward = pipe.text_encoder.forward
+    pipe.text_encoder.forward = lambda input_ids, **more: forward(
+        input_ids=input_ids, mm_token_type_ids=(input_ids == place).int(), **more)
 
 
 def run_pipeline(pipe, sources, instructions, generators, args):
     """One edit per source by the pipeline itself; args: steps, guidance, size."""
     knows, edits = inspect.signature(pipe.__call__).parameters, []
+    kontext, module = "max_area" in knows, sys.modules[type(pipe).__module__]
     options = dict(num_inference_steps=args.steps)
-    if pipe.transformer.config.get("guidance_embeds"):       # Kontext: guidance is an input
-        options |= dict(guidance_scale=args.guidance,
+    if kontext:                                              # guidance is an input
+        options |= dict(guidance_scale=args.guidance or 2.5,
                         max_sequence_length=pipe.tokenizer_2.model_max_length)
     else:                                                    # Qwen-Image-Edit: two forwards
-        options |= dict(true_cfg_scale=args.guidance, negative_prompt=" ")
+        options |= dict(true_cfg_scale=args.guidance or 4.0, negative_prompt=" ")
     if args.size:
         sources = [source.resize((args.size, args.size), Image.LANCZOS) for source in sources]
         options |= dict(max_area=args.size ** 2, _auto_resize=False)
+    if args.size and hasattr(module, "calculate_dimensions"):   # Qwen knows but a megapixel
+        n = len(module.calculate_dimensions(1, 1))
+        module.calculate_dimensions = lambda *_: (args.size, args.size, None)[:n]
     # Kontext takes a batch of one size; elsewhere several images are references of one edit
-    batched = "max_area" in knows and len({source.size for source in sources}) == 1
-    for i in range(0, len(sources), len(sources) if batched else 1):
-        some = slice(i, None if batched else i + 1)
-        given = dict(image=sources[some], prompt=instructions[some], generator=generators[some])
-        if "max_area" in knows or args.size:
-            given |= dict(zip(("width", "height"), sources[i].size))
-        edits += pipe(**{k: v for k, v in (given | options).items() if k in knows}).images
+    size = len(sources) if kontext and len({source.size for source in sources}) == 1 else 1
+    for i in range(0, len(sources), size):
+        some = slice(i, i + size)
+        options |= dict(image=sources[some], prompt=instructions[some], generator=generators[some])
+        options |= dict(zip(("width", "height"), sources[i].size if kontext or args.size else ()))
+        edits += pipe(**{k: v for k, v in options.items() if k in knows}).images
     return edits
 
 

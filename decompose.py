@@ -2,30 +2,22 @@
 
 A vision-language model sees the source image and the instruction, never an edit, and writes the
 principles P = {p_k}: about ten yes/no questions, yes = good, by which every edit will be verified.
-
-    follow    is what the instruction asks for there?             3-4 questions
-    keep      is what it leaves alone still as it was?            3-4
-    quality   is the picture free of artefacts?                   2-3
+Does it `follow` the instruction, `keep` what that leaves alone, is the picture's `quality` good?
 
     edits.jsonl {id, source, instruction}
-      -> principles.jsonl {..., principles: [{question, category}, ...]}
-
-A rerun skips what is done; a row whose picture does not open or whose reply stays unreadable goes
-to <out>.failed.jsonl.
+      -> principles.jsonl {+ principles: [{question, category}, ...]}; unusable rows: .failed.jsonl
 
     python decompose.py --toy --edits edits.jsonl --vlm toy/models/teacher --out principles.jsonl
     torchrun --nproc-per-node=8 decompose.py --edits edits.jsonl --vlm Qwen/Qwen2.5-VL-7B-Instruct \
         --out principles.jsonl
 
-Against the paper: its decomposer is the Seed-1.5-VL API, ours any Qwen2.5-VL, Qwen3-VL or server;
-its examples are drawn out of 60 by experts, ours out of the few below, in our words like the whole
-prompt; it prints no parser, ours is strict on the form and lenient on the number (4 to 12).
+Against the paper: its decomposer is the Seed-1.5-VL API, ours any Qwen-VL or server; its examples
+are drawn out of 60 by experts, ours out of five in our words, like the whole prompt; it prints no
+parser, ours is strict on the form and lenient on the number (4 to 12).
 
-What to change for ... your own domain: EXAMPLES. Another number of questions, or another category:
-DECOMPOSE_RULES and `parse_principles`.
+What to change for ... your own domain: EXAMPLES. Other categories: there, `parse_principles`.
 """
 import argparse, base64, io, json, math, os, re, sys, time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -107,22 +99,17 @@ def decompose_chat(source, instruction, examples):
 
 def parse_principles(text):
     """[{question, category}, ...] as written in `text`, or None: its last array of objects."""
-    for start in reversed([m.start() for m in re.finditer(r"\[\s*\{", text)]):
-        try:
-            items = json.JSONDecoder().raw_decode(text, start)[0]
-            rows = [dict(question=" ".join(item["question"].split()), category=item["category"])
-                    for item in items]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        categories = [row["category"] for row in rows]
-        different = {row["question"].casefold() for row in rows} - {""}
-        good = (4 <= len(rows) == len(different) <= 12 and "follow" in categories
-                and all(c in ("follow", "keep", "quality") for c in categories))
-        return rows if good else None
-    return None
+    *_, start = [0, *(found.start() for found in re.finditer(r"\[\s*\{", text))]
+    try:
+        rows = [dict(question=" ".join(item["question"].split()), category=item["category"])
+                for item in json.JSONDecoder().raw_decode(text, start)[0]]
+        categories = {row["category"] for row in rows}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    different = {row["question"].casefold() for row in rows} - {""}
+    good = 4 <= len(rows) == len(different) <= 12
+    return rows if good and {"follow"} <= categories <= {"follow", "keep", "quality"} else None
 
-
-# ---------------------------------------------------------------- the run
 
 def decompose(ask, args, rows, pictures):
     """What every row gains: principles, or an error that says why not; alike rows gain alike."""
@@ -133,13 +120,12 @@ def decompose(ask, args, rows, pictures):
         chats.append(decompose_chat(source, row["instruction"], map(example, shown)))
     for row, chat, reply in zip(rows, chats, ask(chats, args.max_new, 0, 0)):
         for attempt in range(1, args.tries):
-            if isinstance(reply, str) and parse_principles(reply):
+            if parse_principles(str(reply)):
                 break
             seed = seed_of(args.seed, row["source"], row["instruction"], attempt)
             [reply] = ask([chat], args.max_new, 0.7, seed)
-        principles = isinstance(reply, str) and parse_principles(reply)
-        gains.append(dict(principles=principles) if principles else
-                     dict(error=f"unreadable reply: {reply!r}"))
+        found = parse_principles(str(reply))
+        gains.append(dict(principles=found) if found else dict(error=f"unreadable: {reply!r}"))
     return gains
 
 
@@ -163,10 +149,9 @@ def read_rows(path, fields, made_by):
         for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
             asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            missing = [name for name in ("id", *fields) if name not in row]
-            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
-            rows[row["id"]] = row
+            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError("its id twice, or a token <|...|>")
+            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
@@ -188,12 +173,11 @@ def open_image(path, row, key, max_pixels=512 * 28 * 28):
 def start_file(path, rank):
     """{id: row} of a JSONL file that will go on growing, without a last line torn by a kill."""
     path.touch()
-    lines = path.read_bytes()
-    lines = lines[:lines.rfind(b"\n") + 1]
+    *lines, torn = path.read_bytes().split(b"\n")
     if rank == 0:                                       # what failed will be tried again
-        os.truncate(path, len(lines))
+        os.truncate(path, path.stat().st_size - len(torn))
         path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
-    return {row["id"]: row for row in map(json.loads, lines.splitlines())}
+    return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
@@ -204,29 +188,23 @@ def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
     -> the rows as written, None for what failed and for the rows of other ranks
     """
     rank, world, _ = find_rank()
-    counts = Counter()
+    failed, counts = path.with_suffix(".failed.jsonl"), np.zeros(3, int)
     for i in tqdm(range(rank * size, len(rows), world * size), path.stem, disable=rank > 0):
-        batch = [row for row in rows[i:i + size] if row]
-        ready, pictures, gains = [], [], {}
-        for row in batch if {row["id"] for row in batch} - {*written} else ():
+        batch, ready, gains = [row for row in rows[i:i + size] if row], {}, {}
+        for row in batch if any(row["id"] not in written for row in batch) else ():
             try:
-                pictures.append([open_image(path, row, key, max_pixels) for key in keys])
-                ready.append(row)
+                ready[row["id"]] = row, [open_image(path, row, key, max_pixels) for key in keys]
             except SystemExit as error:
                 gains[row["id"]] = dict(error=str(error))
-        gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else ())
-        for row in batch:
-            new = row | gains.get(row["id"], {})
-            fate = "skipped" if row["id"] in written else "failed" if "error" in new else "done"
-            counts[fate] += 1
-            if fate != "skipped":
-                file = path if fate == "done" else path.with_suffix(".failed.jsonl")
-                with open(file, "a") as file:
-                    file.write(json.dumps(new) + "\n")
-            if fate == "done":
-                written[row["id"]] = new
-    print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
-          f"failed {counts['failed']}")
+        gains |= zip(ready, work(*zip(*ready.values())) if ready else ())
+        new = [row | gains[row["id"]] for row in batch if row["id"] not in written]
+        good = {row["id"]: row for row in new if "error" not in row}
+        for row in new:
+            with open(path if row["id"] in good else failed, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        written |= good
+        counts += len(good), len(batch) - len(new), len(new) - len(good)
+    print(f"{path}: rows in {counts.sum()},", "done {}, skipped {}, failed {}".format(*counts))
     return [row and written.get(row["id"]) for row in rows]
 
 
@@ -248,6 +226,16 @@ def load_vlm(folder, device, dtype):
         raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
+def place_pictures(images, tokenizer, pictures, texts):
+    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
+    inputs = images(pictures, return_tensors="pt")
+    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
+    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
+
+
 class Encoder:
     """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
@@ -258,16 +246,9 @@ class Encoder:
         self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
-                              if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True)
-        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
-        images = inputs["input_ids"] == self.banned[0]
-        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
-        return inputs
+        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
+        return place_pictures(self.images, self.tokenizer, images, text)
 
 
 @torch.no_grad()
@@ -288,17 +269,15 @@ def ask_model(model, encode, chats, max_new, temperature, seed):
 def ask_server(url, chats, max_new, temperature, seed):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
-    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                             timeout=300)
+    client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
     def reply(chat, wait=1):
-        content = []
-        for part in chat[0]["content"]:
-            if part["type"] == "image":
+        content = [*chat[0]["content"]]
+        for i, part in enumerate(content):
+            if "image" in part:
                 part["image"].save(png := io.BytesIO(), "PNG")
-                data = base64.b64encode(png.getvalue()).decode()
-                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-            content.append(part)
+                data = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+                content[i] = dict(type="image_url", image_url=dict(url=data))
         try:
             return client.chat_completion(
                 [dict(role="user", content=content)], model=name or "default", seed=seed,

@@ -30,7 +30,6 @@ What to change for ... another rubric: the two RULES, `mark_edits`. Another tie 
 K-way rankings, three-class votes, ImgEdit's marks: data/benchmarks.py.
 """
 import argparse, base64, inspect, io, json, math, os, re, sys, time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -58,10 +57,9 @@ def parse_args():
     shared.add_argument("--seed", type=int, default=0, help="of verdicts or noise")
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = flags.add_subparsers(dest="command", required=True)
-    reward, edit, judge, report = parts = [commands.add_parser(
-        name, parents=[shared], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for name in ("reward", "edit", "judge", "report")]
+    how = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    reward, edit, judge, report = parts = [commands.add_parser(name, parents=[shared], **how)
+                                           for name in ("reward", "edit", "judge", "report")]
     reward.add_argument("--pairs", dest="rows", default="", help="preferences.jsonl")
     reward.add_argument("--scores", default="", help="ready scores.jsonl, not --pairs and --vlm")
     reward.add_argument("--samples", type=int, default=1, help="k, verdicts per edit")
@@ -71,7 +69,7 @@ def parse_args():
     edit.add_argument("--lora", default="", help="folder that train_flow_grpo.py has written")
     edit.add_argument("--seeds", type=int, default=1, help="edits per row")
     edit.add_argument("--steps", type=int, default=28, help="denoising steps")
-    edit.add_argument("--guidance", type=float, default=2.5, help="Kontext's; Qwen's is 4")
+    edit.add_argument("--guidance", type=float, default=0, help="0: 2.5 for Kontext, 4 for Qwen")
     edit.add_argument("--size", type=int, default=0, help="of a square; 0: the editor's choice")
     judge.add_argument("--edits", dest="rows", required=True, help="edits.jsonl")
     report.add_argument("--scores", nargs="+", default=[], help="[LABEL=]scores.jsonl, in order")
@@ -152,16 +150,15 @@ def judge_chats(source, edit, instruction):
 
 
 def parse_marks(text, names):
-    """{name: mark in 0..10} from the last JSON object of just these names in `text`, or None."""
-    for found in reversed(re.findall(r"\{[^{}]*\}", text)):
-        try:
-            marks = json.loads(found)
-        except (ValueError, RecursionError):
-            continue
-        if {*marks} == {*names}:
-            good = all(type(mark) in (int, float) and 0 <= mark <= 10 for mark in marks.values())
-            return {name: marks[name] for name in names} if good else None
-    return None
+    """{name: mark in 0..10} from the last {...} in `text`: JSON of just these names, or None."""
+    *_, last = ["", *re.findall(r"\{[^{}]*\}", text)]
+    try:
+        marks = json.loads(last)
+    except (ValueError, RecursionError):
+        return None
+    good = {*marks} == {*names} and all(
+        type(mark) in (int, float) and 0 <= mark <= 10 for mark in marks.values())
+    return {name: marks[name] for name in names} if good else None
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -309,10 +306,8 @@ def grow_file(args):
     else:
         model = connect(args.vlm, device)
     grow(out, written, rows, keys, partial(work, model, args), args.batch, pixels)
-    texts = [file.read_text() for file in (out, out.with_suffix(".failed.jsonl")) if file.exists()]
-    if sum(text.count("\n") for text in texts) < len(rows):
-        return []
-    done = {row["id"]: row for row in map(json.loads, texts[0].splitlines())}
+    lines = sum(file.read_bytes().count(b"\n") for file in out.parent.glob(f"{name}.*jsonl"))
+    done = start_file(out, 1) if lines >= len(rows) else {}     # the last rank to end reads all
     return [done[row["id"]] for row in rows if row["id"] in done]
 
 
@@ -404,10 +399,9 @@ def read_rows(path, fields, made_by):
         for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
             asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            missing = [name for name in ("id", *fields) if name not in row]
-            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
-            rows[row["id"]] = row
+            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError("its id twice, or a token <|...|>")
+            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
@@ -429,12 +423,11 @@ def open_image(path, row, key, max_pixels=512 * 28 * 28):
 def start_file(path, rank):
     """{id: row} of a JSONL file that will go on growing, without a last line torn by a kill."""
     path.touch()
-    lines = path.read_bytes()
-    lines = lines[:lines.rfind(b"\n") + 1]
+    *lines, torn = path.read_bytes().split(b"\n")
     if rank == 0:                                       # what failed will be tried again
-        os.truncate(path, len(lines))
+        os.truncate(path, path.stat().st_size - len(torn))
         path.with_suffix(".failed.jsonl").unlink(missing_ok=True)
-    return {row["id"]: row for row in map(json.loads, lines.splitlines())}
+    return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
@@ -445,29 +438,23 @@ def grow(path, written, rows, keys, work, size, max_pixels=512 * 28 * 28):
     -> the rows as written, None for what failed and for the rows of other ranks
     """
     rank, world, _ = find_rank()
-    counts = Counter()
+    failed, counts = path.with_suffix(".failed.jsonl"), np.zeros(3, int)
     for i in tqdm(range(rank * size, len(rows), world * size), path.stem, disable=rank > 0):
-        batch = [row for row in rows[i:i + size] if row]
-        ready, pictures, gains = [], [], {}
-        for row in batch if {row["id"] for row in batch} - {*written} else ():
+        batch, ready, gains = [row for row in rows[i:i + size] if row], {}, {}
+        for row in batch if any(row["id"] not in written for row in batch) else ():
             try:
-                pictures.append([open_image(path, row, key, max_pixels) for key in keys])
-                ready.append(row)
+                ready[row["id"]] = row, [open_image(path, row, key, max_pixels) for key in keys]
             except SystemExit as error:
                 gains[row["id"]] = dict(error=str(error))
-        gains |= zip([row["id"] for row in ready], work(ready, pictures) if ready else ())
-        for row in batch:
-            new = row | gains.get(row["id"], {})
-            fate = "skipped" if row["id"] in written else "failed" if "error" in new else "done"
-            counts[fate] += 1
-            if fate != "skipped":
-                file = path if fate == "done" else path.with_suffix(".failed.jsonl")
-                with open(file, "a") as file:
-                    file.write(json.dumps(new) + "\n")
-            if fate == "done":
-                written[row["id"]] = new
-    print(f"{path}: rows in {counts.total()}, done {counts['done']}, skipped {counts['skipped']}, "
-          f"failed {counts['failed']}")
+        gains |= zip(ready, work(*zip(*ready.values())) if ready else ())
+        new = [row | gains[row["id"]] for row in batch if row["id"] not in written]
+        good = {row["id"]: row for row in new if "error" not in row}
+        for row in new:
+            with open(path if row["id"] in good else failed, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        written |= good
+        counts += len(good), len(batch) - len(new), len(new) - len(good)
+    print(f"{path}: rows in {counts.sum()},", "done {}, skipped {}, failed {}".format(*counts))
     return [row and written.get(row["id"]) for row in rows]
 
 
@@ -495,6 +482,16 @@ def load_vlm(folder, device, dtype):
         raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
+def place_pictures(images, tokenizer, pictures, texts):
+    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
+    inputs = images(pictures, return_tensors="pt")
+    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
+    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
+
+
 class Encoder:
     """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
@@ -505,16 +502,9 @@ class Encoder:
         self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
-                              if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True)
-        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
-        images = inputs["input_ids"] == self.banned[0]
-        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
-        return inputs
+        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
+        return place_pictures(self.images, self.tokenizer, images, text)
 
 
 @torch.no_grad()
@@ -535,17 +525,15 @@ def ask_model(model, encode, chats, max_new, temperature, seed):
 def ask_server(url, chats, max_new, temperature, seed):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
-    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                             timeout=300)
+    client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
     def reply(chat, wait=1):
-        content = []
-        for part in chat[0]["content"]:
-            if part["type"] == "image":
+        content = [*chat[0]["content"]]
+        for i, part in enumerate(content):
+            if "image" in part:
                 part["image"].save(png := io.BytesIO(), "PNG")
-                data = base64.b64encode(png.getvalue()).decode()
-                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-            content.append(part)
+                data = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+                content[i] = dict(type="image_url", image_url=dict(url=data))
         try:
             return client.chat_completion(
                 [dict(role="user", content=content)], model=name or "default", seed=seed,
@@ -567,35 +555,50 @@ def load_editor(folder, device):
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()      # missing torchvision and accelerate: known and harmless
         logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, processor=None)
+        if "Qwen" in type(pipe).__name__:
+            mend_qwen(pipe, folder)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} is no editor of diffusers: {str(error).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
+
+
+def mend_qwen(pipe, folder):
+    """Qwen-Image-Edit without torchvision, and with the 3-D positions that diffusers forgets."""
+    seer = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
+    pipe.processor = lambda text, images, **_: place_pictures(seer, pipe.tokenizer, images, text)
+    place = pipe.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    forward = pipe.text_encoder.forward
+    pipe.text_encoder.forward = lambda input_ids, **more: forward(
+        input_ids=input_ids, mm_token_type_ids=(input_ids == place).int(), **more)
 
 
 def run_pipeline(pipe, sources, instructions, generators, args):
     """One edit per source by the pipeline itself; args: steps, guidance, size."""
     knows, edits = inspect.signature(pipe.__call__).parameters, []
+    kontext, module = "max_area" in knows, sys.modules[type(pipe).__module__]
     options = dict(num_inference_steps=args.steps)
-    if pipe.transformer.config.get("guidance_embeds"):       # Kontext: guidance is an input
-        options |= dict(guidance_scale=args.guidance,
+    if kontext:                                              # guidance is an input
+        options |= dict(guidance_scale=args.guidance or 2.5,
                         max_sequence_length=pipe.tokenizer_2.model_max_length)
     else:                                                    # Qwen-Image-Edit: two forwards
-        options |= dict(true_cfg_scale=args.guidance, negative_prompt=" ")
+        options |= dict(true_cfg_scale=args.guidance or 4.0, negative_prompt=" ")
     if args.size:
         sources = [source.resize((args.size, args.size), Image.LANCZOS) for source in sources]
         options |= dict(max_area=args.size ** 2, _auto_resize=False)
+    if args.size and hasattr(module, "calculate_dimensions"):   # Qwen knows but a megapixel
+        n = len(module.calculate_dimensions(1, 1))
+        module.calculate_dimensions = lambda *_: (args.size, args.size, None)[:n]
     # Kontext takes a batch of one size; elsewhere several images are references of one edit
-    batched = "max_area" in knows and len({source.size for source in sources}) == 1
-    for i in range(0, len(sources), len(sources) if batched else 1):
-        some = slice(i, None if batched else i + 1)
-        given = dict(image=sources[some], prompt=instructions[some], generator=generators[some])
-        if "max_area" in knows or args.size:
-            given |= dict(zip(("width", "height"), sources[i].size))
-        edits += pipe(**{k: v for k, v in (given | options).items() if k in knows}).images
+    size = len(sources) if kontext and len({source.size for source in sources}) == 1 else 1
+    for i in range(0, len(sources), size):
+        some = slice(i, i + size)
+        options |= dict(image=sources[some], prompt=instructions[some], generator=generators[some])
+        options |= dict(zip(("width", "height"), sources[i].size if kontext or args.size else ()))
+        edits += pipe(**{k: v for k, v in options.items() if k in knows}).images
     return edits
 
 

@@ -15,7 +15,7 @@ probability (Flow-GRPO, arXiv 2505.05470; from σ to σ', dt = σ' - σ < 0, a =
       -> one greedy verdict an edit -> A -> updates of the LoRA
       -> out/lora (for pipe.load_lora_weights), metrics.jsonl, samples/step_* (held-out prompts)
 
-Shapes: P prompts a step, G edits of a prompt, S latent tokens of C numbers a picture, B of a batch.
+Shapes: P prompts a step, G edits of a prompt, B of them a batch, S latent tokens of C numbers.
 
     python train_flow_grpo.py --toy --prompts principles.jsonl \
         --editor toy/models/editor --reward rl/model --out flow
@@ -23,19 +23,20 @@ Shapes: P prompts a step, G edits of a prompt, S latent tokens of C numbers a pi
         --editor black-forest-labs/FLUX.1-Kontext-dev --reward http://host:8000/v1 --out flow
 
 Against the paper: it prints G = 24 and β = 0.04, no more. P, lr, ε, the LoRA, the schedule and two
-updates a step are Flow-GRPO's Kontext recipe. (1) β: the released code leaves |dt| out of the KL,
-which makes it 7 to 10 times weaker on this schedule; ours is exact, so 0.004 stands for their 0.04.
-(2) Noise only in W steps, drawn from the first half anew for every training step and shared by all
-edits, so that no member of a group is noisier than another. (3) fp32 latents and log-probs. (4)
-Unreadable verdicts are left out of their group; edits with A = 0 are skipped; A is not clipped. (5)
-No EMA, constant lr; sources become size x size. As in the public code, the log-ratio is a mean over
-some 65,000 dimensions and biased by minus half its variance, so that ε clips mostly A < 0; and the
-SDE has the ODE's marginals only for dt -> 0: a step leaves some percent too much noise (CPS none).
+updates a step are Flow-GRPO's Kontext recipe. (1) The released KL lacks |dt|, which makes it 7 to
+10 times weaker on this schedule; ours is exact, so 0.004 stands for their 0.04. (2) Noise only in W
+steps of the first half, drawn anew for every training step and shared by all edits, so that none of
+a group is noisier. (3) fp32 latents and log-probs. (4) Unreadable verdicts are left out of their
+group; edits with A = 0 are skipped; A is not clipped. (5) No EMA, constant lr; sources become size
+x size. As in the public code, the log-ratio is a mean over some 65,000 dimensions and biased by
+minus half its variance, so that ε clips mostly A < 0; and the SDE has the ODE's marginals only for
+dt -> 0: a step leaves some percent too much noise (CPS none).
 
-What to change for ... another editor: the four functions under "the editor". Another reward:
-`score_edits`. Pref-GRPO's win rates, or a std over the whole step: `group_advantages`.
+What to change for ... another editor: its words in a function beside `kontext_words`, its VAE in
+`read_prompts` and `decode`. Another reward: `score_edits`. Pref-GRPO's win rates, or a std over the
+whole step: `group_advantages`.
 """
-import argparse, base64, io, itertools, json, math, os, re, sys, time
+import argparse, base64, io, json, math, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -47,14 +48,11 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub import InferenceClient
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                     set_state_dict)
+from torch.distributed.checkpoint import state_dict as states
 
 TOY = dict(held_out=48, prompts_per_step=16, group_size=12, size=32, max_new=128, steps=50,
-           updates=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, micro=192, judge_batch=192,
-           every=10)
+           updates=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, micro=48, every=10)
 
 
 def parse_args():
@@ -63,7 +61,7 @@ def parse_args():
     flags.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {TOY}")
     # the files
     flags.add_argument("--prompts", required=True, help="principles.jsonl of decompose.py")
-    flags.add_argument("--editor", required=True, help="FLUX.1-Kontext: diffusers folder, hub id")
+    flags.add_argument("--editor", required=True, help="FLUX.1-Kontext, Qwen-Image-Edit (-Plus)")
     flags.add_argument("--reward", required=True, help="the RRM: folder, hub id or URL")
     flags.add_argument("--out", required=True, help="folder for lora/, metrics.jsonl, samples/")
     flags.add_argument("--held_out", type=int, default=8, help="last prompts, only looked at")
@@ -71,7 +69,8 @@ def parse_args():
     flags.add_argument("--prompts_per_step", type=int, default=48, help="P, over all GPUs")
     flags.add_argument("--group_size", type=int, default=24, help="G, edits a prompt (the paper's)")
     flags.add_argument("--num_steps", type=int, default=6, help="denoising steps; inference has 28")
-    flags.add_argument("--size", type=int, default=512, help="width and height of the pictures")
+    flags.add_argument("--size", type=int, default=512, help="of the square of a picture's area")
+    flags.add_argument("--guidance", type=float, default=0, help="0: 2.5 for Kontext, 4 for Qwen")
     flags.add_argument("--sampler", default="sde", choices=("sde", "cps"), help="Flow-GRPO, -CPS")
     flags.add_argument("--noise_level", type=float, default=0.7, help="a; 0.8 for cps")
     flags.add_argument("--sde_window", type=int, default=2, help="W, noisy steps in the first half")
@@ -84,8 +83,7 @@ def parse_args():
     flags.add_argument("--beta", type=float, default=0.004, help="β of the KL to the base editor")
     flags.add_argument("--lora_rank", type=int, default=64, help="r; alpha is 2 r")
     # the run
-    flags.add_argument("--micro", type=int, default=12, help="edits per forward pass, per GPU")
-    flags.add_argument("--judge_batch", type=int, default=144, help="verdicts at once, per GPU")
+    flags.add_argument("--micro", type=int, default=12, help="edits of a prompt at once, per GPU")
     flags.add_argument("--every", type=int, default=20, help="steps between looks, and states")
     flags.add_argument("--seed", type=int, default=0, help="of everything random")
     flags.add_argument("--resume", action="store_true", help="go on from the last state in --out")
@@ -175,6 +173,9 @@ def cps_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=Non
     return gaussian_step(mean, std, noise, x_next)
 
 
+SAMPLERS = dict(sde=sde_step, cps=cps_step)
+
+
 def group_advantages(rewards, eps=1e-4):
     """A = (τ - mean τ) / (std τ + eps) in each row of (P, G); NaN takes no part; NaN, equal: 0."""
     read = ~rewards.isnan()
@@ -192,49 +193,96 @@ def clipped_surrogate(logp, old_logp, advantage, clip_eps):
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio.detach()
 
 
-# ---------------------------------------------------------------- the editor: FLUX.1-Kontext
+# ---------------------------------------------------------------- the editor
 
-GUIDANCE = 2.5                          # an input of the distilled model, so one forward a step
-LORA_LAYERS = (r"(single_)?transformer_blocks\.\d+\."
-               r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-               r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp)")
+GUIDANCE = dict(FluxKontextPipeline=2.5, QwenImageEditPipeline=4.0, QwenImageEditPlusPipeline=4.0)
+LORA_LAYERS = r"(single_)?transformer_blocks\.\d+\.(attn|ff\w*|\w+_mlp)\b.*"
+
+
+def resized(picture, side):
+    """The picture in its own aspect with about side² pixels, both sides multiples of 32."""
+    stretch = side / 32 / math.sqrt(math.prod(picture.size))
+    return picture.resize([32 * max(1, round(stretch * n)) for n in picture.size], Image.LANCZOS)
 
 
 @torch.no_grad()
-def encode_prompts(pipe, rows, device):
-    """All that the transformer is told about these prompts: {name: (P, ...)}."""
-    pipe.text_encoder_2.to(device)                  # T5, 9 GB, waits in the CPU's memory
-    text, pooled, _ = pipe.encode_prompt([row["instruction"] for row in rows], None, device=device,
-                                         max_sequence_length=pipe.tokenizer_2.model_max_length)
-    pipe.text_encoder_2.to("cpu")
-    pixels = pipe.image_processor.preprocess([row["picture"] for row in rows])
-    latents = pipe._encode_vae_image(pixels.to(device, pipe.vae.dtype), None)
-    reference = pipe._pack_latents(latents, *latents.shape).float()
-    return dict(text=text, pooled=pooled, reference=reference)
+def read_prompts(pipe, rows, args, device):
+    """The rows, each with its picture and with cond: all that the transformer is told about it.
+
+    cond: reference (1, S, C), its grid (h, w) with S = h w, and arguments of the transformer: told
+    (what the words say; Qwen's untold: what none say) and places (the tokens' coordinates)
+    """
+    qwen, guidance = "Qwen" in type(pipe).__name__, args.guidance or GUIDANCE[type(pipe).__name__]
+    encoder = (pipe.text_encoder if qwen else pipe.text_encoder_2).to(device)
+    prompts = []
+    for row in rows:
+        picture = resized(open_image(args.prompts, row, "source", 2 ** 24), args.size)
+        pixels = pipe.image_processor.preprocess(picture).to(device, pipe.vae.dtype)
+        latents = pipe._encode_vae_image(pixels[:, :, None] if qwen else pixels, None)
+        latents = latents.flatten(1, -3)                    # Qwen's have one frame: (1, C, 1, h, w)
+        grid = [side // 2 for side in latents.shape[-2:]]
+        cond = dict(grid=grid, reference=pipe._pack_latents(latents, *latents.shape).float())
+        words = qwen_words if qwen else kontext_words
+        cond |= words(pipe, row["instruction"], picture, grid, guidance, device)
+        prompts.append(row | dict(picture=picture, cond=cond))
+    encoder.to("cpu")                                 # T5 has 9 GB, Qwen's VLM 15: they make room
+    return prompts
+
+
+def kontext_words(pipe, words, picture, grid, guidance, device):
+    """T5 and CLIP read the words; the distilled model takes the guidance as an input."""
+    text, pooled, text_ids = pipe.encode_prompt(
+        words, None, device=device, max_sequence_length=pipe.tokenizer_2.model_max_length)
+    told = dict(encoder_hidden_states=text, pooled_projections=pooled,
+                guidance=torch.tensor([guidance], device=device))
+    ids = pipe._prepare_latent_image_ids(1, *grid, device, torch.float32)
+    ids = torch.cat([ids, ids + torch.tensor([1, 0, 0], device=device)])      # the reference's: 1
+    return dict(told=told, places=dict(txt_ids=text_ids, img_ids=ids))
+
+
+def qwen_words(pipe, words, picture, grid, guidance, device):
+    """A VLM that sees the picture reads the words and, for the guidance, none."""
+    seen = resized(picture, 384) if "Plus" in type(pipe).__name__ else picture
+    told, untold = (dict(encoder_hidden_states=pipe.encode_prompt([text], [seen], device)[0])
+                    for text in (words, " "))
+    places = dict(img_shapes=[[(1, *grid)] * 2])
+    return dict(told=told, untold=untold, places=places, guidance=guidance)
 
 
 def predict_velocity(pipe, x, sigma, cond):
-    """v(x, σ) for latents x (B, S, C); the reference: S more tokens, first coordinate 1."""
-    side = math.isqrt(x.shape[1])
-    ids = pipe._prepare_latent_image_ids(1, side, side, x.device, x.dtype)
-    reference_ids = ids + torch.tensor([1, 0, 0], device=x.device)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-        v = pipe.transformer(
-            hidden_states=torch.cat([x, cond["reference"]], 1), timestep=sigma.expand(len(x)),
-            guidance=torch.full((len(x),), GUIDANCE, device=x.device),
-            encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"],
-            txt_ids=x.new_zeros(cond["text"].shape[1], 3),
-            img_ids=torch.cat([ids, reference_ids]), return_dict=False)[0]
-    return v[:, :x.shape[1]].float()
+    """v(x, σ) for latents x (B, S, C) of a prompt; the reference picture is S tokens more.
+
+    Qwen: away from what no words give, at the length of what these words give.
+    """
+    tokens = torch.cat([x, cond["reference"].expand(len(x), -1, -1)], 1)
+
+    def velocity(words):
+        words = {name: value.expand(len(x), *value.shape[1:]) for name, value in words.items()}
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            return pipe.transformer(
+                hidden_states=tokens, timestep=sigma.expand(len(x)), **words, **cond["places"],
+                return_dict=False)[0][:, :x.shape[1]].float()
+
+    told = velocity(cond["told"])
+    if cond.get("guidance", 1) == 1:
+        return told
+    v = torch.lerp(velocity(cond["untold"]), told, cond["guidance"])
+    return v * (told.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
 
 
 @torch.no_grad()
-def decode(pipe, x, size):
-    """Latents (B, S, C) -> PIL pictures."""
-    latents = pipe._unpack_latents(x, size, size, pipe.vae_scale_factor)
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+def decode(pipe, x, grid):
+    """Latents (B, S, C) of a picture's grid -> PIL pictures."""
+    side, c = 2 * pipe.vae_scale_factor, pipe.vae.config
+    latents = pipe._unpack_latents(x, *(side * n for n in grid), pipe.vae_scale_factor)
+    if "Qwen" in type(pipe).__name__:
+        mean, std = (torch.tensor(m, device=x.device).view(-1, 1, 1, 1)
+                     for m in (c.latents_mean, c.latents_std))
+        latents = latents * std + mean
+    else:
+        latents = latents / c.scaling_factor + c.shift_factor
     pixels = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    return pipe.image_processor.postprocess(pixels.flatten(1, -3), output_type="pil")
 
 
 def noise_levels(pipe, n_tokens, num_steps):
@@ -249,13 +297,14 @@ def noise_levels(pipe, n_tokens, num_steps):
 # ---------------------------------------------------------------- LoRA
 
 def add_lora(model, pattern, rank):
-    """Freeze the model; y = W x becomes W x + 2 B A x in each layer named so. -> A and B, fp32.
+    """Freeze the model; y = W x becomes W x + 2 B A x in all layers named so. -> A and B, fp32.
 
     B = 0 at first. model.lora_on = False is the base model again, to which the KL holds.
     """
     model.requires_grad_(False)
     model.lora_on = True
-    for layer in [m for name, m in model.named_modules() if re.fullmatch(pattern, name)]:
+    for layer in [m for name, m in model.named_modules()
+                  if isinstance(m, nn.Linear) and re.fullmatch(pattern, name)]:
         at = dict(bias=False, device=layer.weight.device)
         layer.lora_A = nn.Linear(layer.in_features, rank, **at)
         layer.lora_B = nn.Linear(rank, layer.out_features, **at)
@@ -265,122 +314,109 @@ def add_lora(model, pattern, rank):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_lora(model, folder):
+def save_lora(pipe, folder):
     """Write the LoRA as diffusers reads it, alpha = 2 r in the file's metadata (else it is r)."""
-    tensors = {f"transformer.{name}": p.detach().cpu() for name, p in model.named_parameters()
-               if p.requires_grad}
-    layers = sorted({name[12:-14] for name in tensors})                 # ... .lora_A.weight
+    tensors = {name: p for name, p in pipe.transformer.named_parameters() if p.requires_grad}
     rank = len(next(iter(tensors.values())))
-    notes = {"transformer.r": rank, "transformer.lora_alpha": 2 * rank,
-             "transformer.target_modules": layers}
-    path = Path(folder, "pytorch_lora_weights.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{path}.tmp", {"format": "pt", "lora_adapter_metadata": json.dumps(notes)})
-    os.replace(f"{path}.tmp", path)
+    layers = sorted({name[:-14] for name in tensors})                   # ... .lora_A.weight
+    pipe.save_lora_weights(f"{folder}.tmp", tensors, transformer_lora_adapter_metadata=dict(
+        r=rank, lora_alpha=2 * rank, target_modules=layers))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(f"{folder}.tmp", folder)
 
 
 # ---------------------------------------------------------------- the phases of a step
 
-def read_prompts(args, rows, device, pipe):
-    """These prompts with their pictures, and what the transformer is told about them."""
-    rows = [row | dict(picture=open_image(args.prompts, row, "source").resize(
-        (args.size, args.size), Image.LANCZOS)) for row in rows]
-    return rows, encode_prompts(pipe, rows, device)
-
-
 @torch.no_grad()
-def denoise(pipe, cond, x, sigmas, args, window=(), noise=None):
-    """Noise x -> latents of the picture, and the W noisy steps on the way, for the updates."""
-    path, step_of = [], dict(sde=sde_step, cps=cps_step)[args.sampler]
+def denoise(pipe, cond, x, args, window=(), noise=None):
+    """Noise x -> latents of pictures, and the W noisy steps on the way, for the updates."""
+    path, sigmas = [], noise_levels(pipe, x.shape[1], args.num_steps).to(x.device)
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         v = predict_velocity(pipe, x, sigma, cond)
+        x_now, x = x, x + (sigma_next - sigma) * v
         if i in window:
-            x_next, logp, _, _ = step_of(x, v, sigma, sigma_next, args.noise_level,
-                                         noise[:, i - window[0]])
-            path.append((x, x_next, logp))
-            x = x_next
-        else:
-            x = x + (sigma_next - sigma) * v
+            x, logp, _, _ = SAMPLERS[args.sampler](x_now, v, sigma, sigma_next, args.noise_level,
+                                                   noise[:, i - window[0]])
+            path.append((sigma, sigma_next, x_now, x, logp))
     return x, path
 
 
-def rollout_edits(pipe, rows, cond, sigmas, step, args):
-    """G edits of each prompt; every noisy step as σ, σ', and x, x', log-prob of all (P G, ...)."""
-    samples = [(p, k) for p in range(len(rows)) for k in range(args.group_size)]
-    starts = args.num_steps // 2 - args.sde_window + 1
-    start = seed_of("window", args.seed, step) % starts             # one window for the whole step
-    window = range(start, start + args.sde_window)
-    edits, paths, shape = [], [], (1 + args.sde_window, *cond["reference"].shape[1:])
-    for i in range(0, len(samples), args.micro):
-        some = samples[i:i + args.micro]
-        noise = torch.stack([noise_of(shape, args.seed, step, rows[p]["id"], k) for p, k in some])
-        noise, numbers = noise.to(sigmas), torch.tensor([p for p, _ in some], device=sigmas.device)
-        x, path = denoise(pipe, {name: value[numbers] for name, value in cond.items()},
-                          noise[:, 0], sigmas, args, window, noise[:, 1:])
-        edits += decode(pipe, x, args.size)
-        paths.append(path)
-    return edits, [(sigmas[i], sigmas[i + 1], *map(torch.cat, zip(*parts)))
-                   for i, parts in zip(window, zip(*paths))]
+def rollout_edits(pipe, prompts, group, key, args, window=()):
+    """`group` edits of each prompt; the noise of edit k does not depend on batch, ranks, restarts.
+
+    -> pictures, prompt by prompt; all noisy steps as (number of the prompt, ks of the batch, step)
+    """
+    edits, steps = [], []
+    for number, prompt in enumerate(prompts):
+        cond = prompt["cond"]
+        shape = 1 + len(window), *cond["reference"].shape[1:]
+        for ks in torch.arange(group).split(args.micro):               # a batch is of one prompt
+            seeds = [seed_of("noise", args.seed, key, prompt["id"], k) for k in ks.tolist()]
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                                 for seed in seeds]).to(cond["reference"])
+            x, path = denoise(pipe, cond, noise[:, 0], args, window, noise[:, 1:])
+            edits += decode(pipe, x, cond["grid"])
+            steps += [(number, ks, *step) for step in path]
+    return edits, steps
 
 
-def score_edits(ask, rows, edits, args):
-    """τ in 0..10 of every edit, from the RRM's greedy verdict; NaN where there is none to read."""
-    chats = [verdict_chat(row["picture"], edit, row["instruction"], row["principles"])
-             for row, edit in zip(rows, edits)]
-    replies = [reply for i in range(0, len(chats), args.judge_batch)
-               for reply in ask(chats[i:i + args.judge_batch], args.max_new, 0, 0)]
-    verdicts = [isinstance(reply, str) and parse_verdict(reply, len(row["principles"]))
-                for reply, row in zip(replies, rows)]
-    return torch.tensor([verdict[2] if verdict else math.nan for verdict in verdicts])
+def score_edits(ask, prompts, edits, args):
+    """τ in 0..10 of every edit (P, G), from the RRM's greedy verdict; NaN: none could be read."""
+    asked = [prompt for prompt in prompts for _ in range(len(edits) // len(prompts))]
+    chats = [verdict_chat(prompt["picture"], edit, prompt["instruction"], prompt["principles"])
+             for prompt, edit in zip(asked, edits)]
+    size = 4 * args.micro                               # without gradients more fit in at once
+    replies = [reply for i in range(0, len(chats), size)
+               for reply in ask(chats[i:i + size], args.max_new, 0, 0)]
+    verdicts = [isinstance(reply, str) and parse_verdict(reply, len(prompt["principles"]))
+                for reply, prompt in zip(replies, asked)]
+    tau = torch.tensor([verdict[2] if verdict else math.nan for verdict in verdicts])
+    return tau.view(len(prompts), -1)
 
 
-def update(pipe, params, optimizer, cond, path, advantages, args):
+def update(pipe, params, optimizer, prompts, steps, advantages, args):
     """--updates optimizer steps, each on its share of the prompts and all their noisy steps.
 
     -> ratios of the first update, mean KL, norm of the last gradient
     """
-    step_of, kls, ratios = dict(sde=sde_step, cps=cps_step)[args.sampler], [], []
-    flat = advantages.flatten().to(params[0].device)
-    for number, share in enumerate(torch.arange(len(flat), device=flat.device).chunk(args.updates)):
-        live = share[flat[share] != 0]                        # equal and unread edits teach nothing
-        n = sum(gather_rows([len(live) * len(path)]))
-        parts = live.split(args.micro) if len(live) else ()
-        for (sigma, sigma_next, x, x_next, old_logp), some in itertools.product(path, parts):
-            told = {name: value[some // args.group_size] for name, value in cond.items()}
-            again = lambda: step_of(x[some], predict_velocity(pipe, x[some], sigma, told), sigma,
-                                    sigma_next, args.noise_level, x_next=x_next[some])
+    kls, ratios = [torch.zeros(0)], []
+    for number, share in enumerate(torch.arange(len(prompts)).chunk(args.updates)):
+        n = sum(gather_rows([int(advantages[share].count_nonzero()) * args.sde_window]))
+        for param in params:
+            param.grad = torch.zeros_like(param)              # all ranks sum it, idle ones too
+        teach = [step for step in steps if step[0] in share and advantages[step[:2]].any()]
+        for p, ks, sigma, sigma_next, *states in teach:
+            live = advantages[p, ks] != 0                     # equal and unread edits teach nothing
+            x, x_next, old_logp = (state[live] for state in states)
+            again = lambda: SAMPLERS[args.sampler](
+                x, predict_velocity(pipe, x, sigma, prompts[p]["cond"]), sigma, sigma_next,
+                args.noise_level, x_next=x_next)
             _, logp, mean, std = again()
-            loss, ratio = clipped_surrogate(logp, old_logp[some], flat[some], args.clip_eps)
-            if args.beta:
-                pipe.transformer.lora_on = False
-                with torch.no_grad():
-                    mean_base = again()[2]
-                pipe.transformer.lora_on = True
-                kl = ((mean - mean_base) / std).square().flatten(1).mean(1) / 2
-                loss = loss + args.beta * kl
-                kls.append(kl.detach().cpu())
-            (loss.sum() / n).backward()
+            pipe.transformer.lora_on = False
+            with torch.no_grad():
+                mean_base = again()[2] if args.beta else mean
+            pipe.transformer.lora_on = True
+            kl = ((mean - mean_base) / std).square().flatten(1).mean(1) / 2
+            advantage = advantages[p, ks[live]].to(x.device)
+            loss, ratio = clipped_surrogate(logp, old_logp, advantage, args.clip_eps)
+            ((loss + args.beta * kl).sum() / n).backward()
+            kls.append(kl.detach().cpu())
             ratios += ratio.tolist() if number == 0 else []
-        for p in params:                                      # the loss carries the global 1/n
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if dist.is_initialized():
-                dist.all_reduce(p.grad)
+        for param in params if dist.is_initialized() else ():
+            dist.all_reduce(param.grad)                     # a sum: the loss carries the global 1/n
         norm = nn.utils.clip_grad_norm_(params, 1.0).item()
         if not math.isfinite(norm):
             raise SystemExit(f"The gradient's norm is {norm}. Begin again with a lower --lr.")
         if n:
             optimizer.step()
-        optimizer.zero_grad()
-    return ratios, torch.cat(kls or [torch.zeros(1)]).mean().item(), norm
+    return ratios, torch.cat(kls).mean().nan_to_num().item(), norm
 
 
-def look_at_prompts(pipe, ask, held, sigmas, step, args):
+def look_at_prompts(pipe, ask, held, step, args, device):
     """One edit of every held-out prompt, by the ODE from noise that never changes: samples/."""
-    rows, cond = read_prompts(args, held, sigmas.device, pipe)
-    shape = cond["reference"].shape[1:]
-    noise = torch.stack([noise_of(shape, args.seed, "held out", row["id"]) for row in rows])
-    edits = decode(pipe, denoise(pipe, cond, noise.to(sigmas.device), sigmas, args)[0], args.size)
-    scores = score_edits(ask, rows, edits, args)
+    prompts = read_prompts(pipe, held, args, device)
+    edits, _ = rollout_edits(pipe, prompts, 1, "held out", args)
+    scores = score_edits(ask, prompts, edits, args)[:, 0]
     path, lines = Path(args.out, "samples", f"step_{step:06d}", "edits.jsonl"), []
     path.parent.mkdir(parents=True, exist_ok=True)
     for k, (row, edit, score) in enumerate(zip(held, edits, scores.tolist())):
@@ -392,11 +428,6 @@ def look_at_prompts(pipe, ask, held, sigmas, step, args):
     log_step(args, step, dict(held_reward=scores.nanmean()))
 
 
-def noise_of(shape, *key):
-    """Noise that depends on the key alone: not on the batch, the ranks or a restart."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("noise", *key)))
-
-
 def main():
     args = parse_args()
     rank, world, device = setup()
@@ -406,43 +437,41 @@ def main():
     if args.prompts_per_step % (world * args.updates) or args.prompts_per_step > len(train):
         raise SystemExit(f"--prompts_per_step must be a multiple of ranks x updates = "
                          f"{world * args.updates}, and at most the {len(train)} training prompts.")
-    if not 0 < args.sde_window <= args.num_steps // 2 or args.size % 16:
-        raise SystemExit("--sde_window must fit into the first half of --num_steps, and --size be "
-                         "a multiple of 16.")
+    if not 0 < args.sde_window <= args.num_steps // 2:
+        raise SystemExit("--sde_window must fit into the first half of --num_steps.")
     if rank == 0:                      # a torn picture must not stop the run an hour later
         all(ThreadPoolExecutor().map(lambda row: open_image(args.prompts, row, "source"), rows))
     pipe, ask = load_editor(args.editor, device), connect(args.reward, device)
-    if type(pipe).__name__ != "FluxKontextPipeline":
-        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, not a FluxKontextPipeline.")
+    if type(pipe).__name__ not in GUIDANCE:
+        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {[*GUIDANCE]}.")
     torch.manual_seed(args.seed)                                    # the same A on every rank
     params = add_lora(pipe.transformer, LORA_LAYERS, args.lora_rank)
     if device.type == "cuda":
         pipe.transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
     first = start_run(args, pipe.transformer, optimizer, rank)
-    tokens = (args.size // (2 * pipe.vae_scale_factor)) ** 2
-    sigmas = noise_levels(pipe, tokens, args.num_steps).to(device)
 
     for step in range(first, args.steps + 1):
         # ---- look at the held-out prompts, save
         if rank == 0 and (step % args.every == 0 or step == args.steps):
-            save_lora(pipe.transformer, f"{args.out}/lora")
+            save_lora(pipe, f"{args.out}/lora")
             if step > first:
                 save_state(args.out, step, pipe.transformer, optimizer, rank)
-            look_at_prompts(pipe, ask, held, sigmas, step, args)
+            look_at_prompts(pipe, ask, held, step, args, device)
         if step == args.steps:
             break
 
         # ---- rollout: G edits of each of this rank's prompts, and their rewards
         numbers = batch_rows(len(train), args.prompts_per_step, args.seed, step)[rank::world]
-        prompts, cond = read_prompts(args, [train[i] for i in numbers], device, pipe)
-        edits, path = rollout_edits(pipe, prompts, cond, sigmas, step, args)
-        repeated = [row for row in prompts for _ in range(args.group_size)]
-        rewards = score_edits(ask, repeated, edits, args).view(len(prompts), args.group_size)
+        prompts = read_prompts(pipe, [train[i] for i in numbers], args, device)
+        start = seed_of("window", args.seed, step) % (args.num_steps // 2 - args.sde_window + 1)
+        window = range(start, start + args.sde_window)              # one for all edits of the step
+        edits, steps = rollout_edits(pipe, prompts, args.group_size, step, args, window)
+        rewards = score_edits(ask, prompts, edits, args)            # (P, G)
 
         # ---- advantages -> update of the LoRA
         advantages = group_advantages(rewards)
-        ratios, kl, norm = update(pipe, params, optimizer, cond, path, advantages, args)
+        ratios, kl, norm = update(pipe, params, optimizer, prompts, steps, advantages, args)
 
         # ---- log the rewards of all ranks; ratio and kl of rank 0's share
         rewards = torch.tensor(gather_rows(rewards.tolist()))
@@ -450,11 +479,11 @@ def main():
         if rewards.isnan().all():
             raise SystemExit(f"step {step}: no verdict could be read. Is {args.reward} an RRM?")
         if rank == 0:
-            off = max((abs(ratio - 1) for ratio in ratios), default=0.0)
             log_step(args, step, dict(
                 reward=rewards.nanmean(), group_std=spread.nanmean(), kl=kl, grad_norm=norm,
                 dead=(group_advantages(rewards) == 0).all(1).float().mean(),
-                read=(~rewards.isnan()).float().mean(), first_ratio_off=off))
+                read=(~rewards.isnan()).float().mean(),
+                first_ratio_off=max((abs(ratio - 1) for ratio in ratios), default=0)))
     if world > 1:                      # gloo's threads can die in Python's own exit
         dist.barrier()
         os._exit(0)
@@ -469,10 +498,9 @@ def read_rows(path, fields, made_by):
         for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
             asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            missing = [name for name in ("id", *fields) if name not in row]
-            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
-            rows[row["id"]] = row
+            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError("its id twice, or a token <|...|>")
+            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
@@ -496,13 +524,25 @@ def load_editor(folder, device):
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()      # missing torchvision and accelerate: known and harmless
         logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, processor=None)
+        if "Qwen" in type(pipe).__name__:
+            mend_qwen(pipe, folder)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} is no editor of diffusers: {str(error).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
+
+
+def mend_qwen(pipe, folder):
+    """Qwen-Image-Edit without torchvision, and with the 3-D positions that diffusers forgets."""
+    seer = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
+    pipe.processor = lambda text, images, **_: place_pictures(seer, pipe.tokenizer, images, text)
+    place = pipe.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    forward = pipe.text_encoder.forward
+    pipe.text_encoder.forward = lambda input_ids, **more: forward(
+        input_ids=input_ids, mm_token_type_ids=(input_ids == place).int(), **more)
 
 
 def connect(vlm, device):
@@ -523,6 +563,16 @@ def load_vlm(folder, device, dtype):
         raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
+def place_pictures(images, tokenizer, pictures, texts):
+    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
+    inputs = images(pictures, return_tensors="pt")
+    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
+    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
+
+
 class Encoder:
     """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
@@ -533,16 +583,9 @@ class Encoder:
         self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
-                              if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True)
-        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
-        images = inputs["input_ids"] == self.banned[0]
-        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
-        return inputs
+        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
+        return place_pictures(self.images, self.tokenizer, images, text)
 
 
 @torch.no_grad()
@@ -563,17 +606,15 @@ def ask_model(model, encode, chats, max_new, temperature, seed):
 def ask_server(url, chats, max_new, temperature, seed):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
-    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                             timeout=300)
+    client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
     def reply(chat, wait=1):
-        content = []
-        for part in chat[0]["content"]:
-            if part["type"] == "image":
+        content = [*chat[0]["content"]]
+        for i, part in enumerate(content):
+            if "image" in part:
                 part["image"].save(png := io.BytesIO(), "PNG")
-                data = base64.b64encode(png.getvalue()).decode()
-                part = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
-            content.append(part)
+                data = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+                content[i] = dict(type="image_url", image_url=dict(url=data))
         try:
             return client.chat_completion(
                 [dict(role="user", content=content)], model=name or "default", seed=seed,
@@ -604,14 +645,13 @@ def seed_of(*key):
 
 def setup():
     """Join the process group that torchrun announced, or run alone: rank, world size, device."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def gather_rows(rows):
@@ -623,32 +663,31 @@ def gather_rows(rows):
     return sum(parts, [])
 
 
-STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
-                         strict=False)                  # one file, whatever the number of ranks
+STATE = states.StateDictOptions(                        # one file, whatever the number of ranks
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def start_run(args, model, optimizer, rank):
     """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, step, logged = Path(args.out), 0, 0
+    out, saved = Path(args.out), dict(step=0, logged=0)
     if args.resume and (out / "state.pt").exists():
         saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
-        set_state_dict(model, optimizer, model_state_dict=saved["model"],
-                       optim_state_dict=saved["optimizer"], options=STATE)
-        step, logged = saved["step"], saved["logged"]
+        states.set_state_dict(model, optimizer, model_state_dict=saved["model"],
+                              optim_state_dict=saved["optimizer"], options=STATE)
     if rank == 0:
         if (out / "metrics.jsonl").exists() and not args.resume:
             raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(vars(args), indent=1))
         with open(out / "metrics.jsonl", "ab") as file:
-            file.truncate(logged)                       # rows since the state come again
-    args.begun, args.first = time.time(), step
-    return step
+            file.truncate(saved["logged"])              # rows since the state come again
+    args.begun, args.first = time.time(), saved["step"]
+    return args.first
 
 
 def save_state(out, step, model, optimizer, rank):
     """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
-    weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
+    weights, moments = states.get_state_dict(model, optimizer, options=STATE)     # of all ranks
     if rank == 0:
         torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
                         optimizer=moments), f"{out}/state.tmp")

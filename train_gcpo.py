@@ -1,8 +1,7 @@
 """Stage 4 of 6: sharpen the verifier on human preferences with GCPO (Edit-R1, arXiv 2604.27505, 3).
 
-A pair is two edits of one picture, of which people preferred one (winner w, loser l). The verifier
-writes N verdicts on each; verdict j ends in a score τ_j. Nobody labels scores: a verdict is good if
-it *ranks* right.
+People preferred one of two edits of a picture (winner w, loser l). The verifier writes N verdicts
+on each; verdict j ends in a score τ_j. Nobody labels scores: a verdict is good if it *ranks* right.
 
     r^w_j = 1/N Σ_k 1[τ^w_j > τ^l_k]   share of the loser's scores that it beats          win_ratios
     r^l_j = 1/N Σ_k 1[τ^l_j < τ^w_k]   share of the winner's scores that it stays below   win_ratios
@@ -48,10 +47,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from PIL import Image, ImageOps
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_state_dict)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 TOY = dict(held_out=48, max_new=128, rollout_edits=24, steps=120, lr=1e-4, micro=8, every=20)
@@ -164,12 +161,9 @@ def prefill(model, encode, chats, n):
     -> KV cache of R rows, last state (R, 1, H), attention mask (R, P), next position (R, 1)
     """
     inputs = encode(chats).to(model.device)
-    position, delta = model.model.get_rope_index(              # time, y, x of every token
-        **{k: v for k, v in inputs.items() if k != "pixel_values"})
-    out = model.model(**inputs, position_ids=position, use_cache=True)
+    out, mask = model.model(**inputs, use_cache=True), inputs["attention_mask"]
     out.past_key_values.batch_repeat_interleave(n)             # autograd sums over the n rows
-    mask = inputs["attention_mask"]
-    start = mask.sum(1, keepdim=True) + delta                  # the real length, without padding
+    start = mask.sum(1, keepdim=True) + model.model.rope_deltas    # a picture spans few positions
     return out.past_key_values, *(
         x.repeat_interleave(n, 0) for x in (out[0][:, -1:], mask, start))
 
@@ -239,9 +233,8 @@ def pair_chats(args, pair):
 
 def judge_pairs(model, encode, pairs, draw_key, args):
     """N verdicts on both edits of B pairs: 2B chats; tokens, logp, keep (2B N, T); tau (B, 2, N)"""
-    n, size, chats = args.group_size, args.rollout_edits, []
-    for pair in pairs:
-        chats += pair_chats(args, pair)
+    n, size = args.group_size, args.rollout_edits
+    chats = [chat for pair in pairs for chat in pair_chats(args, pair)]
     u = uniforms([(args.seed, draw_key, pair["id"], side, k) for pair in pairs
                   for side in ("chosen", "rejected") for k in range(n)], args.max_new)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
@@ -249,7 +242,7 @@ def judge_pairs(model, encode, pairs, draw_key, args):
                  for i in range(0, len(chats), size)]
     tokens, logp, keep = (torch.cat(part) for part in zip(*parts))
     longest = int(keep.sum(1).max())
-    tokens, logp, keep = tokens[:, :longest], logp[:, :longest], keep[:, :longest]
+    tokens, logp, keep = (x[:, :longest] for x in (tokens, logp, keep))
     texts = encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     read = [parse_verdict(text, len(pairs[row // (2 * n)]["principles"]))
             for row, text in enumerate(texts)]
@@ -335,12 +328,12 @@ def main():
                     gaps.append((old_logp - sampled_logp)[rows][keep[rows]].abs().cpu())
                 loss = clipped_loss(logp, old_logp[rows], advantage[rows], keep[rows],
                                     args.clip_eps)
-                (loss * len(some) / groups).backward()
+                (loss * len(some) / groups * world).backward()    # FSDP2: the mean over the ranks
                 if some:
                     ratio = (logp.detach() - old_logp[rows])[keep[rows]].exp()
                     outside.append(((ratio - 1).abs() > args.clip_eps).float().cpu())
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
             if not math.isfinite(norm):
                 raise SystemExit(f"step {step}: the gradient's norm is {norm}. Lower --lr.")
             optimizer.step()
@@ -367,10 +360,9 @@ def read_rows(path, fields, made_by):
         for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
             asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            missing = [name for name in ("id", *fields) if name not in row]
-            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
-            rows[row["id"]] = row
+            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError("its id twice, or a token <|...|>")
+            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
@@ -403,8 +395,6 @@ def load_policy(folder, device, world):
     policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*layers, *vision.blocks, model] if world > 1 else ():
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
-        module.set_gradient_divide_factor(1.0)              # sums: the loss carries the global 1/n
-        module.set_force_sum_reduction_for_comms(True)
     return model, encode
 
 
@@ -418,6 +408,16 @@ def load_vlm(folder, device, dtype):
         raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
+def place_pictures(images, tokenizer, pictures, texts):
+    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
+    inputs = images(pictures, return_tensors="pt")
+    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
+    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
+
+
 class Encoder:
     """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
@@ -428,16 +428,9 @@ class Encoder:
         self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
-                              if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True)
-        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
-        images = inputs["input_ids"] == self.banned[0]
-        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
-        return inputs
+        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
+        return place_pictures(self.images, self.tokenizer, images, text)
 
 
 def uniforms(keys, length):
@@ -455,14 +448,13 @@ def batch_rows(n, size, seed, step):
 
 def setup():
     """Join the process group that torchrun announced, or run alone: rank, world size, device."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def gather_rows(rows):
@@ -474,32 +466,31 @@ def gather_rows(rows):
     return sum(parts, [])
 
 
-STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
-                         strict=False)                  # one file, whatever the number of ranks
+STATE = states.StateDictOptions(                        # one file, whatever the number of ranks
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def start_run(args, model, optimizer, rank):
     """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, step, logged = Path(args.out), 0, 0
+    out, saved = Path(args.out), dict(step=0, logged=0)
     if args.resume and (out / "state.pt").exists():
         saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
-        set_state_dict(model, optimizer, model_state_dict=saved["model"],
-                       optim_state_dict=saved["optimizer"], options=STATE)
-        step, logged = saved["step"], saved["logged"]
+        states.set_state_dict(model, optimizer, model_state_dict=saved["model"],
+                              optim_state_dict=saved["optimizer"], options=STATE)
     if rank == 0:
         if (out / "metrics.jsonl").exists() and not args.resume:
             raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(vars(args), indent=1))
         with open(out / "metrics.jsonl", "ab") as file:
-            file.truncate(logged)                       # rows since the state come again
-    args.begun, args.first = time.time(), step
-    return step
+            file.truncate(saved["logged"])              # rows since the state come again
+    args.begun, args.first = time.time(), saved["step"]
+    return args.first
 
 
 def save_state(out, step, model, optimizer, rank):
     """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
-    weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
+    weights, moments = states.get_state_dict(model, optimizer, options=STATE)     # of all ranks
     if rank == 0:
         torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
                         optimizer=moments), f"{out}/state.tmp")
@@ -508,13 +499,13 @@ def save_state(out, step, model, optimizer, rank):
 
 def save_model(model, encode, folder, rank):
     """A Hugging Face folder, written beside and renamed; fp32: bf16 rounds small updates away."""
-    state = get_model_state_dict(model, options=StateDictOptions(
+    state = states.get_model_state_dict(model, options=states.StateDictOptions(
         full_state_dict=True, cpu_offload=True))                  # every rank takes part
     if rank == 0:
         state = {name: state[name] for name, _ in model.named_parameters()}   # a tied weight once
         model.save_pretrained(f"{folder}.tmp", state_dict=state)
-        for part in (encode.tokenizer, encode.images):
-            part.save_pretrained(f"{folder}.tmp")
+        encode.tokenizer.save_pretrained(f"{folder}.tmp")
+        encode.images.save_pretrained(f"{folder}.tmp")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.tmp", folder)
 

@@ -1,8 +1,7 @@
 """Stage 3 of 6: the cold start. A VLM learns to verify an edit by principles (arXiv 2604.27505).
 
-Each row of sft.jsonl is an edited picture and the best of the verdicts that a pool of VLMs wrote on
-it. This is plain supervised learning: cross-entropy on the tokens of the verdict and its end token,
-nothing on the prompt.
+A row of sft.jsonl is an edited picture and the best of the verdicts that a pool of VLMs wrote on
+it. Supervised learning: cross-entropy on the verdict and its end token, nothing on the prompt.
 
     L = 1/|Y| Σ_(x, y) Σ_t -log π(y_t | x, y_<t)     |Y| = verdict tokens of the step  response_loss
 
@@ -10,7 +9,7 @@ nothing on the prompt.
       -> [two images, instruction, principles | verdict]
       -> out/model (the SFT-RRM that train_gcpo.py sharpens), metrics.jsonl, samples/
 
-The last --held_out rows, and all that share a source with them, are not trained on. There
+The last --held_out rows, and all that share a source with them, are not learned. On them
 held_loss, held_parsed (share of readable verdicts) and held_right (share of their answers that
 equal the inspector's gold) show the verifier being born; samples/ has its greedy verdicts.
 
@@ -20,14 +19,13 @@ Shapes: B rows, P tokens of a prompt, T of a verdict, V vocabulary.
     torchrun --nproc-per-node=8 train_sft.py --data sft.jsonl --out sft \
         --model Qwen/Qwen2.5-VL-3B-Instruct
 
-Against the paper: it prints no hyper-parameter of this stage, so all of them are ours. (1) Full
-fine-tuning, the vision tower frozen. (2) Every verdict token of a step weighs the same, so a long
-verdict weighs more than a short one. (3) Image placeholders are not in the learned distribution,
-exactly as when verdicts are sampled.
+Against the paper: it prints no hyper-parameter of this stage; all are ours. (1) Full fine-tuning,
+the vision tower frozen. (2) All verdict tokens of a step weigh the same, so a long verdict weighs
+more. (3) Image placeholders are not in the learned distribution, as when verdicts are sampled.
 
-What to change for ... another format of verdict: the rows alone, for a row without principles asks
-for a score, and a text without reasoning teaches none. The vision tower: `main`. Another VLM
-family: `Encoder` (pictures into tokens) and `verdict_loss` (positions).
+What to change for ... another format of verdict: the rows alone; one without principles asks for a
+score, a text without reasoning teaches none. The vision tower: `load_policy`. Another VLM family:
+`Encoder` (pictures into tokens) and `verdict_loss`.
 """
 import argparse, json, math, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +35,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_state_dict)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 TOY = dict(held_out=48, epochs=6, batch=32, micro=16, lr=7e-4, max_new=128, every=50)
@@ -60,7 +55,7 @@ def parse_args():
     flags.add_argument("--held_out", type=int, default=64, help="last rows, only judged")
     # optimisation
     flags.add_argument("--epochs", type=int, default=1, help="passes over the rows")
-    flags.add_argument("--batch", type=int, default=64, help="rows per step, over all GPUs")
+    flags.add_argument("--batch", type=int, default=64, help="rows a step, a multiple of the ranks")
     flags.add_argument("--micro", type=int, default=4, help="rows per forward pass")
     flags.add_argument("--lr", type=float, default=1e-5, help="AdamW, peak; then a cosine to 0")
     # run
@@ -122,8 +117,7 @@ def parse_verdict(text, n_questions):
 
 def response_loss(logits, labels):
     """Sum of -log π over verdict tokens: logits (B, T, V), labels (B, T), -100 = not learned."""
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.view(-1), reduction="sum")
 
 
 def learning_rate(step, steps, peak):
@@ -142,18 +136,16 @@ def row_chat(args, row):
 def verdict_loss(model, encode, chats, texts):
     """response_loss of B rows [padding | prompt | verdict | padding]; logits of verdicts only."""
     inputs = encode(chats)
-    verdicts = [encode.tokenizer(text)["input_ids"] + encode.ends[:1] for text in texts]
-    longest = max(map(len, verdicts))
-    labels = torch.tensor([v + [-100] * (longest - len(v)) for v in verdicts])       # (B, T)
+    labels = torch.nn.utils.rnn.pad_sequence([                                       # (B, T)
+        torch.tensor(encode.tokenizer(text)["input_ids"] + encode.ends[:1]) for text in texts],
+        batch_first=True, padding_value=-100)
     given = (labels != -100).long()
     for key, verdict in dict(input_ids=labels * given, attention_mask=given,
                              mm_token_type_ids=0 * given.int()).items():
         inputs[key] = torch.cat([inputs[key], verdict], 1)                           # (B, P + T)
     inputs = inputs.to(model.device)
-    position, _ = model.model.get_rope_index(
-        **{k: v for k, v in inputs.items() if k != "pixel_values"})
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        out = model(**inputs, position_ids=position, use_cache=False, logits_to_keep=longest + 1)
+        out = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1)
     banned = torch.tensor(encode.banned, device=model.device)
     logits = out.logits[:, :-1].float().index_fill(-1, banned, -math.inf)            # (B, T, V)
     return response_loss(logits, labels.to(model.device))
@@ -189,7 +181,7 @@ def main():
            or not parse_verdict(row["text"], len(row["principles"]))]
     known = {row["source"] for row in rows[-args.held_out:]}    # nor are their other edits learned
     train, held = [row for row in rows if row["source"] not in known], rows[-args.held_out:]
-    if bad or len(train) < args.batch or min(len(held), args.batch) < world:
+    if bad or len(train) < args.batch or len(held) < world or args.batch % world:
         raise SystemExit(f"{args.data}: {len(train)} rows to learn and {len(held)} held out do not "
                          f"make a --batch on {world} rank(s), or rows {bad} are no verdicts.")
     if rank == 0:                      # a torn picture must not stop the run an hour later
@@ -211,24 +203,20 @@ def main():
         if step == args.steps:
             break
 
-        # ---- the rows of this step, short verdicts together; every rank makes as many passes
+        # ---- the rows of this step, short verdicts together; every rank has as many of them
         numbers = batch_rows(len(train), args.batch, args.seed, step)
         batch = sorted((train[i] for i in numbers), key=lambda row: row["tokens"])
-        micros = [batch[i:i + args.micro] for i in range(0, len(batch), args.micro)]
-        real, total = len(micros), sum(row["tokens"] for row in batch)
-        micros += micros[:1] * (-real % world)
+        loss, total, mine = 0.0, sum(row["tokens"] for row in batch), batch[rank::world]
 
         # ---- update
-        loss = 0.0
-        for i in range(rank, len(micros), world):
-            chats = [row_chat(args, row) for row in micros[i]]
-            part = verdict_loss(model, encode, chats, [row["text"] for row in micros[i]]) / total
-            part = part * (i < real)                            # a filled-in pass counts zero
-            part.backward()
+        for some in [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]:
+            chats = [row_chat(args, row) for row in some]
+            part = verdict_loss(model, encode, chats, [row["text"] for row in some]) / total
+            (part * world).backward()                 # FSDP2's gradient is the mean over the ranks
             loss += part.item()
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(norm):
             raise SystemExit(f"step {step}: the gradient's norm is {norm}. Lower --lr.")
         optimizer.step()
@@ -251,10 +239,9 @@ def read_rows(path, fields, made_by):
         for line in Path(path).read_bytes().splitlines() or [b""]:
             row = json.loads(line)
             asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            missing = [name for name in ("id", *fields) if name not in row]
-            if missing or row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError(f"no {missing}" if missing else "its id twice, or a token <|...|>")
-            rows[row["id"]] = row
+            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
+                raise ValueError("its id twice, or a token <|...|>")
+            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
     return [*rows.values()]
@@ -287,8 +274,6 @@ def load_policy(folder, device, world):
     policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*layers, *vision.blocks, model] if world > 1 else ():
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
-        module.set_gradient_divide_factor(1.0)              # sums: the loss carries the global 1/n
-        module.set_force_sum_reduction_for_comms(True)
     return model, encode
 
 
@@ -302,6 +287,16 @@ def load_vlm(folder, device, dtype):
         raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
 
 
+def place_pictures(images, tokenizer, pictures, texts):
+    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
+    inputs = images(pictures, return_tensors="pt")
+    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
+    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
+    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
+
+
 class Encoder:
     """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
 
@@ -312,16 +307,9 @@ class Encoder:
         self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
 
     def __call__(self, chats):
-        inputs = self.images([part["image"] for chat in chats for part in chat[0]["content"]
-                              if part["type"] == "image"], return_tensors="pt")
-        sizes = iter((inputs["image_grid_thw"].prod(-1) // self.images.merge_size ** 2).tolist())
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True)
-        texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-        inputs.update(self.tokenizer(texts, return_tensors="pt", padding=True))
-        images = inputs["input_ids"] == self.banned[0]
-        inputs["mm_token_type_ids"] = images.int()               # without it no 3-D positions
-        return inputs
+        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
+        return place_pictures(self.images, self.tokenizer, images, text)
 
 
 @torch.no_grad()
@@ -348,14 +336,13 @@ def batch_rows(n, size, seed, step):
 
 def setup():
     """Join the process group that torchrun announced, or run alone: rank, world size, device."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def gather_rows(rows):
@@ -367,32 +354,31 @@ def gather_rows(rows):
     return sum(parts, [])
 
 
-STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
-                         strict=False)                  # one file, whatever the number of ranks
+STATE = states.StateDictOptions(                        # one file, whatever the number of ranks
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def start_run(args, model, optimizer, rank):
     """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, step, logged = Path(args.out), 0, 0
+    out, saved = Path(args.out), dict(step=0, logged=0)
     if args.resume and (out / "state.pt").exists():
         saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
-        set_state_dict(model, optimizer, model_state_dict=saved["model"],
-                       optim_state_dict=saved["optimizer"], options=STATE)
-        step, logged = saved["step"], saved["logged"]
+        states.set_state_dict(model, optimizer, model_state_dict=saved["model"],
+                              optim_state_dict=saved["optimizer"], options=STATE)
     if rank == 0:
         if (out / "metrics.jsonl").exists() and not args.resume:
             raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(vars(args), indent=1))
         with open(out / "metrics.jsonl", "ab") as file:
-            file.truncate(logged)                       # rows since the state come again
-    args.begun, args.first = time.time(), step
-    return step
+            file.truncate(saved["logged"])              # rows since the state come again
+    args.begun, args.first = time.time(), saved["step"]
+    return args.first
 
 
 def save_state(out, step, model, optimizer, rank):
     """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
-    weights, moments = get_state_dict(model, optimizer, options=STATE)    # every rank takes part
+    weights, moments = states.get_state_dict(model, optimizer, options=STATE)     # of all ranks
     if rank == 0:
         torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
                         optimizer=moments), f"{out}/state.tmp")
@@ -401,13 +387,13 @@ def save_state(out, step, model, optimizer, rank):
 
 def save_model(model, encode, folder, rank):
     """A Hugging Face folder, written beside and renamed; fp32: bf16 rounds small updates away."""
-    state = get_model_state_dict(model, options=StateDictOptions(
+    state = states.get_model_state_dict(model, options=states.StateDictOptions(
         full_state_dict=True, cpu_offload=True))                  # every rank takes part
     if rank == 0:
         state = {name: state[name] for name, _ in model.named_parameters()}   # a tied weight once
         model.save_pretrained(f"{folder}.tmp", state_dict=state)
-        for part in (encode.tokenizer, encode.images):
-            part.save_pretrained(f"{folder}.tmp")
+        encode.tokenizer.save_pretrained(f"{folder}.tmp")
+        encode.images.save_pretrained(f"{folder}.tmp")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.tmp", folder)
 

@@ -19,6 +19,7 @@ Sampled log-probs, policy log-probs and gradients of both ways are compared firs
 """
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -205,21 +206,21 @@ def measure_gcpo(model, encode, chats, n):
 
 def measure_flow(prompts=16, group=12):
     """One iteration without its verdicts (rollout, decoding, update) over its transformer calls alone."""
-    args = SimpleNamespace(seed=0, size=32, group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
-                           sde_window=2, batch=192, micro=192, updates=4, clip_eps=1e-3, beta=0.2)
+    args = SimpleNamespace(seed=0, size=32, prompts="", group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
+                           sde_window=2, micro=16, guidance=0, updates=4, clip_eps=1e-3, beta=0.2)
     pipe = F.load_editor(ROOT / "toy" / "models" / "editor", DEVICE)
     params = F.add_lora(pipe.transformer, F.LORA_LAYERS, 16)
     optimizer = torch.optim.AdamW(params, lr=0.0)
-    rows = [dict(id=i, instruction=instruction, picture=world.to_pil(world.render([scene])[0]))
-            for i, (scene, instruction, _) in enumerate(world.edits_of("rl", prompts))]
-    sigmas = F.noise_levels(pipe, 16, args.num_steps).to(DEVICE)
     advantages = torch.randn(prompts, group, generator=torch.Generator().manual_seed(0))
-    calls = []
+    calls, rows, folder = [], [], tempfile.mkdtemp()
+    for i, (scene, instruction, _) in enumerate(world.edits_of("rl", prompts)):
+        world.to_pil(world.render([scene])[0]).save(f"{folder}/{i}.png")
+        rows.append(dict(id=i, instruction=instruction, source=f"{folder}/{i}.png"))
 
     def iteration():
-        cond = F.encode_prompts(pipe, rows, DEVICE)
-        _, path = F.rollout_edits(pipe, rows, cond, sigmas, 0, args)
-        F.update(pipe, params, optimizer, cond, path, advantages, args)
+        read = F.read_prompts(pipe, rows, args, DEVICE)
+        _, steps = F.rollout_edits(pipe, read, group, 0, args, range(args.sde_window))
+        F.update(pipe, params, optimizer, read, steps, advantages, args)
 
     def floor():
         for kwargs, grad in calls:

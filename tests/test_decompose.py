@@ -204,7 +204,7 @@ def test_bad_input_stops_at_once(edits, tmp_path, run, run_here):
     good = Path(edits).read_text()
     for lines, message in ((good[:-9], "line 12: .*It holds"), ("", "line 1: .*It holds"),
                            (good + good.splitlines()[0], "line 13: .*its id twice"),
-                           (good + '{"id": "new", "source": "x.png"}\n', "line 13: .*no .*instruction"),
+                           (good + '{"id": "new", "source": "x.png"}\n', "line 13: KeyError.*instruction"),
                            (good.replace("make it red", "make it <|image_pad|>"), r"line 3: .*a token <\|")):
         Path(edits).write_text(lines)
         with pytest.raises(SystemExit, match=f"{edits}.*{message}") as stop:

@@ -276,15 +276,15 @@ def test_bad_input_says_what_to_do(run_here, tmp_path, bench):
     """One line that names the file and the line, before a model is loaded; a folder that is no model names itself."""
     lines, bad = bench.read_text().splitlines(), bench.parent / "bad.jsonl"
     for text, message in [("\n".join(lines)[:-30], "bad.jsonl, line 12"), ("\n".join([*lines, lines[0]]), "line 13: .*its id twice"),
-                          ("", "line 1: "), ("{}", "line 1: .*no .*id"), (lines[0].replace("rejected", "left"), "no .*rejected"),
-                          (lines[0].replace("principles", "p"), "no .*principles"), ("\n".join(lines), "in is no Qwen")]:
+                          ("", "line 1: "), ("{}", "line 1: .*KeyError.*id"), (lines[0].replace("rejected", "left"), "KeyError.*rejected"),
+                          (lines[0].replace("principles", "p"), "KeyError.*principles"), ("\n".join(lines), "in is no Qwen")]:
         bad.write_text(text)
         with pytest.raises(SystemExit, match=message) as stop:
             run_here(evaluate, "reward", "--pairs", bad, "--vlm", bench.parent, "--out", tmp_path / "out")
         assert "\n" not in str(stop.value)
     for words, message in [(("edit", "--prompts", bench, "--editor", bench.parent), "is no editor"),
                            (("judge", "--edits", tmp_path / "no.jsonl", "--vlm", "x"), "no.jsonl"),
-                           (("reward", "--scores", bench), "no .*chosen_score")]:
+                           (("reward", "--scores", bench), "KeyError.*chosen_score")]:
         with pytest.raises(SystemExit, match=message):
             run_here(evaluate, *words, "--out", tmp_path / "out")
 

@@ -377,7 +377,7 @@ def cut(rows):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda rows: rows[3].pop("rejected"), "line 4: .*no .*rejected.*Mend it"),
+    (lambda rows: rows[3].pop("rejected"), "line 4: .*KeyError.*rejected.*Mend it"),
     (lambda rows: rows[3].update(id="row0"), "line 4: .*its id twice.*Mend it"),
     (lambda rows: rows[3].update(principles=["Is it red?"]), "line 4: .*Mend it"),
     (lambda rows: rows[3].update(instruction=None), "line 4: .*Mend it"),

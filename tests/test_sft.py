@@ -19,7 +19,7 @@ import train_gcpo as G
 import train_sft as S
 from conftest import ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
 
-# on two ranks: two passes over the held-out rows and one, three passes of a step and two
+# on two ranks: two passes over the held-out rows and one, and three passes of a step, two rows, two and one
 SMALL = ("--toy", "--held_out", 5, "--batch", 10, "--micro", 2, "--epochs", 1, "--max_new", 8, "--every", 2,
          "--lr", 1e-3)
 
@@ -192,7 +192,7 @@ def test_bad_input_stops_the_run_with_one_line(straight, vlm, tmp_path, run_here
         return ["--data", write_rows(tmp_path / "rows", [*rows[:3], row, *rows[4:]])]
 
     for more, message in (
-            (lambda: fourth(text=None), "rows, line 4: .*no .*text.*build_sft.py"),
+            (lambda: fourth(text=None), "rows, line 4: .*KeyError.*text.*build_sft.py"),
             (lambda: fourth(id=rows[0]["id"]), "rows, line 4: .*its id twice"),
             (lambda: fourth(edit="no.png"), "rows, row row1/wrong/0: edit .*no.png does not open .*Restore"),
             (lambda: fourth(edit="cut.png"), "rows, row row1/wrong/0: edit .*cut.png does not open .*truncated"),

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The paper's Table 3 in miniature: which reward makes the better editor?     bash toy/table3.sh [RUN]
+# RUN (runs/toy) is what toy/run.sh left. A run whose scores are there is skipped, so a killed table
+# goes on; delete the folder of a run that was killed itself, or it goes on from its last state.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=${1:-runs/toy}
+out=$run/table3
+data=$run/data
+models=toy/models
+export GOMP_SPINCOUNT=10000
+
+score() {     # FOLDER EDITOR [--lora LORA]: the held-out edits of an editor, by the oracle
+    [ -e "$1/scores.jsonl" ] && return
+    python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor "$2" "${@:3}" --out "$1"
+    python toy/world.py judge --edits "$1/edits.jsonl" --out "$1/scores.jsonl"
+}
+
+row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO with three seeds
+    for seed in 0 1 2; do
+        here=$out/$1/$seed
+        [ -e "$here/scores.jsonl" ] && continue
+        python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor "$2" --reward "$3" \
+            --seed $seed --out "$here/flow" --resume "${@:4}"
+        python toy/world.py curve --samples "$here/flow/samples" --out "$here/curve.jsonl"
+        score "$here" "$2" --lora "$here/flow/lora"
+    done
+}
+
+# The small verifier: the same rows and pairs, half the weights.
+[ -e $out/small_sft/model ] || python train_sft.py --toy --data $data/sft/sft.jsonl --model $models/vlm_small \
+    --out $out/small_sft --resume
+[ -e $out/small_rl/model ] || python train_gcpo.py --toy --pairs $data/preferences/preferences.jsonl \
+    --model $out/small_sft/model --out $out/small_rl --resume
+
+for editor in editor editor_weak editor_qwen; do
+    score $out/$editor $models/$editor
+done
+row rl $models/editor $run/gcpo/model
+row sft $models/editor $run/sft/model
+row teacher $models/editor $models/teacher
+row small $models/editor $out/small_rl/model
+row weak $models/editor_weak $run/gcpo/model
+row qwen $models/editor_qwen $run/gcpo/model
+row hacked $models/editor $models/vlm --beta 0         # the base VLM, which scores by chance
+
+python toy/table3.py --out $out

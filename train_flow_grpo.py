@@ -27,10 +27,11 @@ updates a step are Flow-GRPO's Kontext recipe. (1) The released KL lacks |dt|, w
 10 times weaker on this schedule; ours is exact, so 0.004 stands for their 0.04. (2) Noise only in W
 steps of the first half, drawn anew for every training step and shared by all edits, so that none of
 a group is noisier. (3) fp32 latents and log-probs. (4) Unreadable verdicts are left out of their
-group; edits with A = 0 are skipped; A is not clipped. (5) No EMA, constant lr; sources become size
-x size. As in the public code, the log-ratio is a mean over some 65,000 dimensions and biased by
-minus half its variance, so that ε clips mostly A < 0; and the SDE has the ODE's marginals only for
-dt -> 0: a step leaves some percent too much noise (CPS none).
+group; edits with A = 0 are skipped; A is not clipped. (5) No EMA, constant lr. (6) Qwen-Image-Edit,
+with true guidance in rollout and update; any aspect ratio, about size² pixels. As in the public
+code, the log-ratio is a mean over some 65,000 dimensions and biased by minus half its variance, so
+that ε clips mostly A < 0; and the SDE has the ODE's marginals only for dt -> 0: a step leaves some
+percent too much noise (CPS none).
 
 What to change for ... another editor: its words in a function beside `kontext_words`, its VAE in
 `read_prompts` and `decode`. Another reward: `score_edits`. Pref-GRPO's win rates, or a std over the
@@ -385,9 +386,9 @@ def update(pipe, params, optimizer, prompts, steps, advantages, args):
         for param in params:
             param.grad = torch.zeros_like(param)              # all ranks sum it, idle ones too
         teach = [step for step in steps if step[0] in share and advantages[step[:2]].any()]
-        for p, ks, sigma, sigma_next, *states in teach:
+        for p, ks, sigma, sigma_next, *recorded in teach:
             live = advantages[p, ks] != 0                     # equal and unread edits teach nothing
-            x, x_next, old_logp = (state[live] for state in states)
+            x, x_next, old_logp = (value[live] for value in recorded)
             again = lambda: SAMPLERS[args.sampler](
                 x, predict_velocity(pipe, x, sigma, prompts[p]["cond"]), sigma, sigma_next,
                 args.noise_level, x_next=x_next)

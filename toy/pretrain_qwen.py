@@ -71,7 +71,7 @@ def build_qwen_vae():
 
 
 def build_qwen_editor(vae):
-    """An untrained editor around a trained VAE, without a processor: that would need torchvision."""
+    """An untrained editor around a trained VAE; no processor: that would need torchvision."""
     tokenizer = build_qwen_tokenizer()
     pretrain.SIZES["text_encoder"] = TEXT_WIDTH, TEXT_LAYERS, TEXT_WIDTH
     transformer = QwenImageTransformer2DModel(

@@ -33,13 +33,13 @@ def gain(after, before):
     return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
-def curve(folder):
+def first_and_last(folder):
     """Training reward and oracle's O on the held-out prompts, first and last look."""
     rows = [json.loads(line) for line in Path(folder, "curve.jsonl").read_text().splitlines()]
     return [(row["reward"], row["oracle O"]) for row in (rows[0], rows[-1])]
 
 
-def table(out):
+def table_of_rewards(out):
     """The Markdown table of all rows that are there, and what RL-RRM and SFT-RRM differ by."""
     lines = ["| editor and its reward | seeds | SC | PQ | O | gain of O | change of PQ "
              "| reward on held-out prompts | oracle's O there |", "| --- " * 9 + "|"]
@@ -53,21 +53,22 @@ def table(out):
         means = [sum(mean_of(seeds, k).values()) / len(before) for k in ("SC", "PQ", "O")]
         was = mean_of([before], "O")
         looks = [[sum(pair) / len(folders) for pair in zip(*look)] for look in
-                 zip(*map(curve, folders))]
+                 zip(*map(first_and_last, folders))]
         cells = [f"{sum(was.values()) / len(was):.2f} -> {means[2]:.2f}", gain(known[name], was),
                  gain(mean_of(seeds, "PQ"), mean_of([before], "PQ")),
                  *(f"{first:.2f} -> {last:.2f}" for first, last in zip(*looks))]
         lines.append(f"| {editor}, {name} | {len(folders)} | {means[0]:.2f} | {means[1]:.2f} | "
                      + " | ".join(cells) + " |")
     if {"rl", "sft"} <= known.keys():
-        lines.append(f"\nO with the RL-RRM minus O with the SFT-RRM: {gain(known['rl'], known['sft'])}")
+        lines.append(f"\nO with the RL-RRM minus O with the SFT-RRM: "
+                     f"{gain(known['rl'], known['sft'])}")
     return "\n".join(lines)
 
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--out", required=True, help="folder of toy/table3.sh")
-    text = table(flags.parse_args().out)
+    text = table_of_rewards(flags.parse_args().out)
     print(text)
     Path(flags.parse_args().out, "table3.md").write_text(text + "\n")
 

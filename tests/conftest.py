@@ -88,7 +88,8 @@ def run_script(name, *flags, ranks=1, check=True, timeout=600, **more):
     """`python name flags` or the same under torchrun; the finished process with its output as text."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*map(str, [sys.executable, *torchrun * (ranks > 1), ROOT / name, *flags])]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more) as run:
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
+                          **more) as run:
         late = Timer(timeout, run.terminate)         # torchrun then ends ranks that wait for each other
         late.daemon = True
         late.start()

@@ -120,6 +120,18 @@ def test_rollouts_of_many_sizes_and_their_update(folder, setting):
     optimizer = torch.optim.AdamW(params, lr=1e-2)
     ratios, _, norm = F.update(pipe, params, optimizer, rows, steps, torch.tensor([[1.0, -1]] * 6), args)
     assert len(ratios) == 6 * 2 and max(abs(r - 1) for r in ratios) < 1e-6 and norm > 0
+    assert all(p.any() for name, p in pipe.transformer.named_parameters() if name.endswith("to_q.lora_B.weight"))
+
+
+@pytest.mark.parametrize("folder", FAMILIES[1:3], indirect=True)
+def test_qwen_s_text_encoder_is_told_where_the_picture_is(folder):
+    """Without these token types, which diffusers forgets, transformers would give the picture 1-D positions."""
+    pipe, seen = F.load_editor(folder, torch.device("cpu")), []
+    pipe.text_encoder.model.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    pipe.encode_prompt(["make it red"], [Image.new("RGB", (64, 32))], torch.device("cpu"))
+    [given] = seen
+    pads = given["input_ids"] == pipe.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert pads.sum() == given["image_grid_thw"].prod() // 4 > 1 and torch.equal(given["mm_token_type_ids"], pads.int())
 
 
 def test_evaluate_draws_with_the_trained_lora(folder, setting, tmp_path):
@@ -141,10 +153,9 @@ def test_evaluate_draws_with_the_trained_lora(folder, setting, tmp_path):
     assert all(picture.size == (32, 32) for picture in drawn) and drawn[0].tobytes() != drawn[2].tobytes()
 
 
+@pytest.mark.parametrize("folder", ["QwenImageEditPipeline"], indirect=True)      # Kontext's is in test_flow.py
 def test_a_run_on_one_rank_and_on_two(folder, tmp_path, reward):
     """Qwen-Image-Edit and pictures of three sizes through the whole script: the same LoRA."""
-    if "Plus" in type(F.load_editor(folder, torch.device("cpu"))).__name__:
-        return
     rows, loras = [], []
     for k in range(9):
         Image.effect_noise(SIZES[k % 3], 90).convert("RGB").save(tmp_path / f"{k}.png")

@@ -68,9 +68,10 @@ def table_of_rewards(out):
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--out", required=True, help="folder of toy/table3.sh")
-    text = table_of_rewards(flags.parse_args().out)
+    out = flags.parse_args().out
+    text = table_of_rewards(out)
     print(text)
-    Path(flags.parse_args().out, "table3.md").write_text(text + "\n")
+    Path(out, "table3.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -181,9 +181,11 @@ def main():
            or not parse_verdict(row["text"], len(row["principles"]))]
     known = {row["source"] for row in rows[-args.held_out:]}    # nor are their other edits learned
     train, held = [row for row in rows if row["source"] not in known], rows[-args.held_out:]
-    if bad or len(train) < args.batch or len(held) < world or args.batch % world:
+    if bad:
+        raise SystemExit(f"{args.data}: rows {bad[:9]} hold no readable verdict. Delete them.")
+    if len(train) < args.batch or len(held) < world or args.batch % world:
         raise SystemExit(f"{args.data}: {len(train)} rows to learn and {len(held)} held out do not "
-                         f"make a --batch on {world} rank(s), or rows {bad} are no verdicts.")
+                         f"make a --batch, or a multiple of the {world} rank(s).")
     if rank == 0:                      # a torn picture must not stop the run an hour later
         all(ThreadPoolExecutor().map(partial(row_chat, args), rows))
     model, encode = load_policy(args.model, device, world)

@@ -14,6 +14,7 @@ Qwen2.5-VL; the ways take turns on the same model, prompts and sampled tokens; c
     gcpo_memory_ratio       ours / plain at N = 8: bytes that the update keeps for its backward pass
     flow_over_floor         the toy's Flow-GRPO step without its verdicts / the same transformer calls alone
     evaluations_per_image   forwards and backwards of the transformer in it, per edit
+    qwen_over_floor, ...    the same for Qwen-Image-Edit, whose guidance doubles the evaluations
 
 Sampled log-probs, policy log-probs and gradients of both ways are compared first.
 """
@@ -204,11 +205,11 @@ def measure_gcpo(model, encode, chats, n):
 
 # ---------------------------------------------------------------- Flow-GRPO
 
-def measure_flow(prompts=16, group=12):
+def measure_flow(editor, prompts=16, group=12):
     """One iteration without its verdicts (rollout, decoding, update) over its transformer calls alone."""
     args = SimpleNamespace(seed=0, size=32, prompts="", group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
                            sde_window=2, micro=16, guidance=0, updates=4, clip_eps=1e-3, beta=0.2)
-    pipe = F.load_editor(ROOT / "toy" / "models" / "editor", DEVICE)
+    pipe = F.load_editor(ROOT / "toy" / "models" / editor, DEVICE)
     params = F.add_lora(pipe.transformer, F.LORA_LAYERS, 16)
     optimizer = torch.optim.AdamW(params, lr=0.0)
     advantages = torch.randn(prompts, group, generator=torch.Generator().manual_seed(0))
@@ -236,7 +237,7 @@ def measure_flow(prompts=16, group=12):
     hook.remove()
     took = in_turns(iteration=iteration, floor=floor)
     evaluations = sum(len(kwargs["hidden_states"]) * (1 + grad) for kwargs, grad in calls) / (prompts * group)
-    print(f"Flow-GRPO: {took['iteration']:.2f} s an iteration of {prompts * group} edits, "
+    print(f"Flow-GRPO, {editor}: {took['iteration']:.2f} s an iteration of {prompts * group} edits, "
           f"floor {took['floor']:.2f} s")
     return took["iteration"] / took["floor"], evaluations
 
@@ -249,7 +250,8 @@ def main():
     speed16, over_floor16, _ = measure_gcpo(model, encode, chats, 16)
     found = dict(gcpo_speedup_n8=speed8, gcpo_speedup_n16=speed16, gcpo_over_floor=over_floor,
                  gcpo_over_floor_n16=over_floor16, gcpo_memory_ratio=memory)
-    found |= dict(zip(("flow_over_floor", "evaluations_per_image"), measure_flow()))
+    found |= dict(zip(("flow_over_floor", "evaluations_per_image"), measure_flow("editor")))
+    found |= dict(zip(("qwen_over_floor", "qwen_evaluations_per_image"), measure_flow("editor_qwen")))
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 
 

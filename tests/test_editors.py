@@ -153,6 +153,26 @@ def test_evaluate_draws_with_the_trained_lora(folder, setting, tmp_path):
     assert all(picture.size == (32, 32) for picture in drawn) and drawn[0].tobytes() != drawn[2].tobytes()
 
 
+def test_stock_diffusers_loads_the_lora(folder, setting, tmp_path):
+    """`pipe.load_lora_weights(folder)`, which needs peft, draws the picture of evaluate.py's own hooks."""
+    pytest.importorskip("peft")
+    (_, _, rows), pipe = setting, F.load_editor(folder, torch.device("cpu"))
+    for p in F.add_lora(pipe.transformer, F.LORA_LAYERS, 2):
+        p.data += 0.3 * torch.randn_like(p)
+    F.save_lora(pipe, tmp_path)
+    cond, args = rows[4]["cond"], SimpleNamespace(steps=2, guidance=0, size=32)
+    velocities, drawn = [], []
+    for load in (lambda stock: stock.load_lora_weights(str(tmp_path)),
+                 lambda stock: evaluate.hook_lora(stock.transformer, tmp_path)):
+        load(stock := evaluate.load_editor(folder, torch.device("cpu")))
+        velocities.append(F.predict_velocity(stock, cond["reference"], torch.tensor(0.7), cond))
+        drawn += evaluate.run_pipeline(stock, [rows[4]["picture"]], ["a"], [torch.Generator().manual_seed(0)], args)
+    assert torch.allclose(*velocities, atol=1e-5) and (velocities[0] - F.predict_velocity(
+        evaluate.load_editor(folder, torch.device("cpu")), cond["reference"], torch.tensor(0.7), cond)).abs().max() > 1e-2
+    apart = [abs(a - b) for a, b in zip(*(picture.tobytes() for picture in drawn))]
+    assert max(apart) <= 1                                         # of 255
+
+
 @pytest.mark.parametrize("folder", ["QwenImageEditPipeline"], indirect=True)      # Kontext's is in test_flow.py
 def test_a_run_on_one_rank_and_on_two(folder, tmp_path, reward):
     """Qwen-Image-Edit and pictures of three sizes through the whole script: the same LoRA."""

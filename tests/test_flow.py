@@ -220,7 +220,7 @@ def test_noise_depends_on_prompt_step_and_k_alone(setting):
 
 
 def test_lora_file(editor, setting, tmp_path):
-    """diffusers' keys, alpha in the metadata; by hand, in evaluate.py and in diffusers + peft the same velocity."""
+    """diffusers' keys, alpha in the metadata; by hand and in evaluate.py the same velocity."""
     pipe, _, prompts = setting
     asked = asked_of(pipe, prompts)
     base = F.predict_velocity(pipe, *asked)
@@ -243,10 +243,6 @@ def test_lora_file(editor, setting, tmp_path):
             by_hand.transformer.get_submodule(name).weight += 8 / 4 * b @ a
         assert torch.allclose(F.predict_velocity(by_hand, *asked), ours, atol=1e-5)
         evaluate.hook_lora(stock.transformer, tmp_path)
-        assert torch.allclose(F.predict_velocity(stock, *asked), ours, atol=1e-5)
-        pytest.importorskip("peft")
-        stock = DiffusionPipeline.from_pretrained(editor)
-        stock.load_lora_weights(str(tmp_path))
         assert torch.allclose(F.predict_velocity(stock, *asked), ours, atol=1e-5)
 
 

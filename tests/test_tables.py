@@ -1,0 +1,108 @@
+"""toy/table2.py and toy/table3.py: what is learned, averaged and compared, from rows made by hand."""
+import re
+import subprocess
+
+import pytest
+
+import table2
+import table3
+import train_sft
+import world
+from conftest import ROOT, read_rows, say_verdict, write_rows
+
+PRINCIPLES = [dict(question=f"Is it {word}?", category="follow") for word in ("red", "whole")]
+
+
+def trace(verdict, score):
+    text = say_verdict(verdict, score)
+    found, average, tau = train_sft.parse_verdict(text, len(verdict))
+    return dict(text=text, verdict=found, average=average, score=tau)
+
+
+@pytest.fixture
+def row():
+    traces = [trace([1, 1], 9.0), trace([1, 0], 5.0), trace([0, 1], 2.5)]
+    return dict(id="a", principles=PRINCIPLES, traces=traces, gold=[1, 0], chosen=1, text=traces[1]["text"])
+
+
+def test_the_variants_are_parts_of_the_same_trace(row):
+    learned = {name: table2.as_format(row, name) for name in table2.FORMATS}
+    whole = row["text"]
+    assert learned["TV"] == row and whole.startswith("Seen.\n[{")
+    assert learned["T"]["text"] == "Seen.\n<score>5.0</score>" and learned["scalar"]["text"] == "<score>5.0</score>"
+    assert "Seen.\n" + learned["V"]["text"] == whole and learned["V"]["principles"] == PRINCIPLES
+    assert learned["T"]["principles"] == learned["scalar"]["principles"] == []
+    assert learned["worst"]["text"] == row["traces"][2]["text"]
+    drawn = {table2.as_format(row | dict(id=str(k)), "random")["text"] for k in range(30)}
+    assert drawn == {t["text"] for t in row["traces"]}
+    for one in learned.values():                            # train_sft.py can read every one of them
+        assert train_sft.parse_verdict(one["text"], len(one["principles"]))[2] in (5.0, 2.5, 9.0)
+
+
+def test_table2_averages_over_seeds_and_pairs_rows(tmp_path, capsys):
+    """TV right on 3 of 4 pairs by one seed, on all by the other; T on none: better by 87.5 points."""
+    for variant, rights in dict(TV=[(1, 1, 1, 0), (1, 1, 1, 1)], T=[(0, 0, 0, 0)]).items():
+        for seed, right in enumerate(rights):
+            for stage in ("sft", "rl"):
+                for folder in ("four", "greedy"):
+                    here = tmp_path / "table2" / f"vlm_{variant}_{seed}" / stage / folder
+                    here.mkdir(parents=True)
+                    (here / "reward.json").write_text("{}")
+                    scores = [(9.0, 5.0) if r or stage == "rl" and variant == "T" else (5.0, 9.0) for r in right]
+                    write_rows(here / "scores.jsonl", [
+                        dict(id=f"p{k}", source=f"s{k}", chosen_score=a, rejected_score=b,
+                             chosen_scores=[a], rejected_scores=[b]) for k, (a, b) in enumerate(scores)])
+    table2.accuracy_table(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| vlm, TV | 2 | 0.875 | 0.875 | 0.875 |") and "| +0.0 [+0.0, +0.0] |  |  |" in lines[2]
+    assert lines[3].startswith("| vlm, T | 1 | 0.000 |") and "| +100.0 [+100.0, +100.0] | +87.5 [" in lines[3]
+    assert lines[3].count("|") == lines[0].count("|") == lines[1].count("|") and "| -12.5 [" in lines[3]
+
+
+def test_inspector_counts_true_answers(tmp_path, capsys):
+    """A right edit, where gold and the chosen trace say so and the other traces do not."""
+    source, target = [0, 0, 5, -1, -1], [0, -1, 5, -1, -1]
+    for name, scene in (("source", source), ("edit", target)):
+        for k in range(3):
+            world.to_pil(world.render([scene])[0]).save(tmp_path / f"{name}{k}.png")
+    principles = world.principles(source, target)
+    yes, no = ([answer] * len(principles) for answer in (1, 0))
+    (tmp_path / "table2/sft").mkdir(parents=True)
+    write_rows(tmp_path / "table2/sft/sft.jsonl", [
+        dict(id=k, source=f"../../source{k}.png", edit=f"../../edit{k}.png", instruction="remove the red circle",
+             principles=principles, gold=yes, chosen=0, traces=[trace(yes, 9), trace(no, 1), trace(no, 1)])
+        for k in range(3)])
+    table2.inspector_table(tmp_path)
+    text = capsys.readouterr().out
+    shares = dict(re.findall(r"\| (\w+) \| ([\d.]+)%", text))
+    assert shares == dict(inspector="100.0", chosen="100.0", worst="0.0", majority="0.0", random="33.3")
+    assert "| random | 33.3% | +66.7 [" in text
+
+
+def test_table3_from_scores(tmp_path):
+    """Two seeds of the RL-RRM, one of the SFT-RRM: means, gains, and what they differ by."""
+    def scores(folder, o, reward=None):
+        (tmp_path / folder).mkdir(parents=True)
+        write_rows(tmp_path / folder / "scores.jsonl", [dict(id=k, SC=o, PQ=10.0, O=o) for k in range(4)])
+        if reward:
+            write_rows(tmp_path / folder / "curve.jsonl", [
+                {"step": 0, "reward": 4.0, "oracle O": 5.0}, {"step": 9, "reward": reward, "oracle O": o}])
+
+    scores("editor", 5.0)
+    scores("rl/0", 6.0, 7.0)
+    scores("rl/1", 7.0, 8.0)
+    scores("sft/0", 5.5, 9.0)
+    lines = table3.table_of_rewards(tmp_path).splitlines()
+    assert len(lines) == 6 and len({line.count("|") for line in lines[:4]}) == 1
+    assert "| editor, rl | 2 | 6.50 | 10.00 | 5.00 -> 6.50 | +1.50 [+1.50, +1.50] |" in lines[2]
+    assert "| 4.00 -> 7.50 | 5.00 -> 6.50 |" in lines[2] and "| 4.00 -> 9.00 | 5.00 -> 5.50 |" in lines[3]
+    assert lines[-1].endswith("+1.00 [+1.00, +1.00]")
+
+
+def test_table3_sh_runs_what_is_there():
+    """Its syntax holds, its models exist, and every row is one that table3.py knows."""
+    text = (ROOT / "toy/table3.sh").read_text()
+    assert subprocess.run(["bash", "-n", ROOT / "toy/table3.sh"]).returncode == 0
+    rows = re.findall(r"^row (\w+) \$models/(\w+)", text, re.M)
+    assert dict(rows) == table3.ROWS
+    assert all((ROOT / "toy/models" / name).is_dir() for name in re.findall(r"\$models/(\w+)", text))

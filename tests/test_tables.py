@@ -1,9 +1,11 @@
-"""toy/table2.py and toy/table3.py: what is learned, averaged and compared, from rows made by hand."""
+"""toy/table2.py, table3.py and degrade.py: what is learned, spoilt, averaged and compared, from rows made by hand."""
+import random
 import re
 import subprocess
 
 import pytest
 
+import degrade
 import table2
 import table3
 import train_sft
@@ -106,3 +108,37 @@ def test_table3_sh_runs_what_is_there():
     rows = re.findall(r"^row (\w+) \$models/(\w+)", text, re.M)
     assert dict(rows) == table3.ROWS
     assert all((ROOT / "toy/models" / name).is_dir() for name in re.findall(r"\$models/(\w+)", text))
+
+
+def test_principles_are_spoilt_more_and_more():
+    """0 changes nothing, 1 changes all that can be; what is spoilt at some p is spoilt at every larger one."""
+    source, target = [0, 0, 5, -1, -1], [0, -1, 5, 3, -1]
+    principles = world.principles(source, target)
+    rows = [dict(id=k, principles=principles) for k in range(40)]
+    others = [dict(question="Is it another's?", category="keep")]
+    for kind in degrade.KINDS:
+        assert all(degrade.degrade(row, kind, 0, others) == row for row in rows)
+        spoilt = [[{p["question"] for p in degrade.degrade(row, kind, share, others)["principles"]} for row in rows]
+                  for share in (0.25, 0.5, 1)]
+        if kind != "doubled":
+            kept = [[len(asked & {p["question"] for p in principles}) for asked in at] for at in spoilt]
+            assert all(a >= b >= c for a, b, c in zip(*kept)) and sum(kept[0]) > sum(kept[1]) > sum(kept[2])
+    assert degrade.degrade(rows[0], "dropped", 1, others)["principles"] == principles[:1]
+    assert len(degrade.degrade(rows[0], "doubled", 1, others)["principles"]) == 2 * len(principles)
+    assert degrade.degrade(rows[0], "swapped", 1, others)["principles"] == others * len(principles)
+    lengths = [len(degrade.degrade(row, "dropped", 0.5, others)["principles"]) for row in rows]
+    assert 0.35 < sum(lengths) / len(lengths) / len(principles) < 0.65
+
+
+def test_an_opposite_is_true_where_the_question_is_false():
+    """By the oracle's own reading, on the very scene; what has no opposite stays."""
+    rng, target = random.Random(0), [0, 0, 5, -1, -1]
+    for principle in world.principles([0, 0, -1, 7, -1], target):
+        question = degrade.opposite(principle["question"], rng)
+        if question == principle["question"]:
+            assert question in ("Are all other places empty?", "Is the picture clean?")
+        elif "gone" in question or "background" in question:
+            assert world.is_true(principle["question"], target, target, True)
+            assert not world.is_true(question, target, target, True)
+        else:
+            assert re.fullmatch(r"Is there a \w+ \w+ at the \w+ \w+\?", question)

@@ -1,0 +1,144 @@
+"""What if the decomposition is wrong? The paper leaves it open: principles degraded on purpose.
+
+    dropped   the principle is left out           doubled   it is asked twice
+    negated   it asks for the opposite            swapped   it is another row's
+
+each with probability p = 0 to 1. At every p the SFT-RRM and the RL-RRM judge the held-out pairs
+(greedy, strict accuracy) and the editor's own samples (correlation of score and oracle within the
+groups, as Flow-GRPO would use it). A scalar scorer that never sees principles, toy/table2.py's,
+is drawn beside them if it is there. --run is what toy/run.sh left; what is done is not done again.
+
+    python toy/degrade.py --run runs/toy         # the table, and runs/toy/degrade/degrade.png
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import evaluate            # noqa: E402
+import summary             # noqa: E402
+import world               # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+KINDS, SHARES = ("dropped", "doubled", "negated", "swapped"), (0, 0.25, 0.5, 1)
+VERIFIERS = {"SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
+          "scalar": ("table2/vlm_scalar_0/rl/model", summary.GREY)}
+
+
+# ---------------------------------------------------------------- the faults
+
+def opposite(question, rng):
+    """The contrary in the world's own words; "other places" and "clean" have none and stay."""
+    if found := re.fullmatch(r"Is (?:the|there a) (\w+ \w+) (?:still )?at the .*", question):
+        return f"Is the {found[1]} gone?"
+    if found := re.fullmatch(r"Is the (\w+ \w+) gone\?", question):
+        return f"Is there a {found[1]} at the {rng.choice(world.PLACES)}?"
+    if found := re.fullmatch(r"(Is the background (?:still )?)(\w+)\?", question):
+        return f"{found[1]}{rng.choice([c for c in world.BACKGROUNDS if c != found[2]])}?"
+    return question
+
+
+def degrade(row, kind, p, others):
+    """The row, each of its principles spoilt with probability p; one at least is left.
+
+    What is spoilt at some p is spoilt at every larger one.
+    """
+    rng, principles = random.Random(f"{row['id']} {kind}"), []
+    for principle in row["principles"]:
+        spoilt, other = rng.random() < p, rng.choice(others)
+        contrary = principle | dict(question=opposite(principle["question"], rng))
+        principles += [principle] if not spoilt else dict(
+            dropped=[], doubled=[principle] * 2, negated=[contrary], swapped=[other])[kind]
+    return row | dict(principles=principles or row["principles"][:1])
+
+
+def write_degraded(old, new, kind, p, keys):
+    """The JSONL file `old` degraded as `new`; kind "bare" leaves no principles at all."""
+    rows = [evaluate.move_paths(row, keys, old, new) for row in world.read_jsonl(old)]
+    others = [principle for row in rows for principle in row["principles"]]
+    world.write_jsonl(new, [row | dict(principles=[]) if kind == "bare" else
+                            degrade(row, kind, p, others) for row in rows])
+
+
+# ---------------------------------------------------------------- what comes of them
+
+def measure(run, kind, p):
+    """{judge: (strict accuracy, within-group correlation, share unread)} with these principles."""
+    out = run / "degrade" / f"{kind}_{p}"
+    found, result = {}, out / "found.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    write_degraded(run / "data/reward_bench/preferences.jsonl", out / "pairs.jsonl", kind, p,
+                   ["source", "chosen", "rejected"])
+    write_degraded(run / "trust/candidates.jsonl", out / "candidates.jsonl", kind, p,
+                   ["source", "edit"])
+    judges = {name: run / path for name, (path, _) in VERIFIERS.items()
+              if (name == "scalar") == (kind == "bare")}
+
+    def command(script, *flags):
+        with open(out / "log", "a") as log:
+            subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True,
+                           stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+    command("build_sft.py", "--toy", "--principles", run / "data/rl/principles.jsonl",
+            "--temperatures", 0, "--max_new", 256, "--pool", *judges.values(), "--out", out)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        world.trust(out / "traces.jsonl")
+    for name, model in judges.items():
+        command("evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
+                "--pairs", out / "pairs.jsonl", "--out", out / name)
+        reward = json.loads((out / name / "reward.json").read_text())
+        near = re.search(rf"{re.escape(str(model))}: .* O ([-\d.]+) ", text.getvalue())
+        found[name] = reward["strict"], float(near[1]), reward["unparsed"]
+    result.write_text(json.dumps(found))
+    print(f"{out} is done", flush=True)
+    return found
+
+
+def draw(found, path):
+    """A row of panels a kind of fault: accuracy, then correlation, over p."""
+    sheet = Image.new("RGB", (2 * 560, 4 * 220), "white")
+    for i, title in enumerate(("strict accuracy", "correlation with the oracle")):
+        for j, kind in enumerate(KINDS):
+            curves = {name: (colour, [(p, found[kind, p][name][i]) for p in SHARES])
+                      for name, (_, colour) in VERIFIERS.items() if name in found[kind, 0]}
+            box = (560 * i + 8, 220 * j + 8, 560 * i + 552, 220 * j + 212)
+            summary.line_chart(ImageDraw.Draw(sheet), box, f"{title}: {kind}", curves)
+    sheet.save(path)
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--run", type=lambda path: Path(path).resolve(), default="runs/toy",
+                       help="what toy/run.sh wrote")
+    run = flags.parse_args().run
+    keys = [(kind, p) for kind in KINDS for p in SHARES]
+    same = {key: ("dropped", 0) if key[1] == 0 else key for key in keys}     # all alike at p = 0
+    jobs = [*dict.fromkeys(same.values())]
+    jobs += [("bare", 0)] if (run / VERIFIERS["scalar"][0]).exists() else []
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(jobs, pool.map(lambda job: measure(run, *job), jobs)))
+    found = {key: done[same[key]] | done.get(("bare", 0), {}) for key in keys}
+    lines = ["| principles | p | judge | strict accuracy | correlation | unread |",
+             "| --- " * 6 + "|"]
+    for (kind, p), judges in found.items():
+        for name, (strict, near, unread) in judges.items():
+            lines.append(f"| {kind} | {p} | {name} | {strict:.3f} | {near:.3f} | {unread:.1%} |")
+    print("\n".join(lines))
+    (run / "degrade/degrade.md").write_text("\n".join(lines) + "\n")
+    draw(found, run / "degrade/degrade.png")
+
+
+if __name__ == "__main__":
+    main()

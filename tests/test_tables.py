@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+from PIL import Image, ImageColor
 
 import degrade
 import table2
@@ -88,24 +89,33 @@ def test_table3_from_scores(tmp_path):
         write_rows(tmp_path / folder / "scores.jsonl", [dict(id=k, SC=o, PQ=10.0, O=o) for k in range(4)])
         if reward:
             write_rows(tmp_path / folder / "curve.jsonl", [
-                {"step": 0, "reward": 4.0, "oracle O": 5.0}, {"step": 9, "reward": reward, "oracle O": o}])
+                {"step": 0, "reward": 4.0, "oracle O": 5.0}, {"step": 5, "reward": 1.0, "oracle O": 1.0},
+                {"step": 9, "reward": reward, "oracle O": o}])
 
     scores("editor", 5.0)
-    scores("rl/0", 6.0, 7.0)
-    scores("rl/1", 7.0, 8.0)
-    scores("sft/0", 5.5, 9.0)
+    for folder, o, reward in (("rl/0", 6.0, 7.0), ("rl/1", 7.0, 8.0), ("sft/0", 5.5, 9.0), ("hacked/0", 4.0, 9.5)):
+        scores(folder, o, reward)
     lines = table3.table_of_rewards(tmp_path).splitlines()
-    assert len(lines) == 6 and len({line.count("|") for line in lines[:4]}) == 1
+    assert len(lines) == 7 and len({line.count("|") for line in lines[:5]}) == 1
     assert "| editor, rl | 2 | 6.50 | 10.00 | 5.00 -> 6.50 | +1.50 [+1.50, +1.50] |" in lines[2]
-    assert "| 4.00 -> 7.50 | 5.00 -> 6.50 |" in lines[2] and "| 4.00 -> 9.00 | 5.00 -> 5.50 |" in lines[3]
-    assert lines[-1].endswith("+1.00 [+1.00, +1.00]")
+    assert "| 6.00, 7.00 | 4.00 -> 7.50 | 5.00 -> 6.50 |" in lines[2] and "| 4.00 -> 9.00 | 5.00 -> 5.50 |" in lines[3]
+    assert lines[-1].endswith("rl minus O with sft: +1.00 [+1.00, +1.00]")
+    for step in (0, 9):                                     # the pictures of what was hacked
+        here = tmp_path / f"hacked/0/flow/samples/step_{step:06d}"
+        here.mkdir(parents=True)
+        world.to_pil(world.render([[0, 0, 5, -1, -1]])[0]).save(here / "0.png")
+        write_rows(here / "edits.jsonl", [dict(source="0.png", edit="0.png", score=1.0 + step,
+                                               instruction="remove the red circle")] * 2)
+    table3.draw_hacking(tmp_path, tmp_path / "table3.png", columns=2)
+    colours = {colour for _, colour in Image.open(tmp_path / "table3.png").convert("RGB").getcolors(2 ** 20)}
+    assert all(ImageColor.getrgb(table3.LINES[name]) in colours for name in ("rl", "sft", "hacked"))
 
 
 def test_table3_sh_runs_what_is_there():
     """Its syntax holds, its models exist, and every row is one that table3.py knows."""
     text = (ROOT / "toy/table3.sh").read_text()
     assert subprocess.run(["bash", "-n", ROOT / "toy/table3.sh"]).returncode == 0
-    rows = re.findall(r"^row (\w+) \$models/(\w+)", text, re.M)
+    rows = re.findall(r"^ +row (\w+) \$models/(\w+)", text, re.M)
     assert dict(rows) == table3.ROWS
     assert all((ROOT / "toy/models" / name).is_dir() for name in re.findall(r"\$models/(\w+)", text))
 

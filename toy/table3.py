@@ -1,4 +1,4 @@
-"""The table at the end of toy/table3.sh: what Flow-GRPO made of the editors, reward by reward.
+"""The table and the picture at the end of toy/table3.sh: what Flow-GRPO made of the editors.
 
     python toy/table3.py --out runs/toy/table3
 
@@ -6,20 +6,24 @@ Every row is the mean over its seeds; an interval is the 95 % bootstrap over pro
 prompt drawn together. The gain is against the same editor before, prompt by prompt.
 """
 import argparse
-import json
 import sys
+import textwrap
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-import evaluate            # noqa: E402
+from PIL import Image, ImageDraw, ImageFont
 
-ROWS = dict(rl="editor", sft="editor", teacher="editor", small="editor", weak="editor_weak",
-            qwen="editor_qwen", hacked="editor")
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import evaluate            # noqa: E402
+import summary             # noqa: E402
+import world               # noqa: E402
+
+ROWS = dict(rl="editor", sft="editor", teacher="editor", small_rl="editor", small_sft="editor",
+            weak="editor_weak", qwen="editor_qwen", hacked="editor")
+LINES = dict(rl=summary.BLUE, sft=summary.ORANGE, teacher=summary.GREY, hacked="#b3202c")
 
 
 def read_scores(folder):
-    lines = Path(folder, "scores.jsonl").read_text().splitlines()
-    return {row["id"]: row for row in map(json.loads, lines)}
+    return {row["id"]: row for row in world.read_jsonl(Path(folder, "scores.jsonl"))}
 
 
 def mean_of(seeds, name):
@@ -30,39 +34,75 @@ def mean_of(seeds, name):
 def gain(after, before):
     """`evaluate.estimate` of after - before, two {id: score}, as text."""
     found = evaluate.estimate([after[k] - before[k] for k in after], [dict(id=k) for k in after])
-    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**found)
 
 
-def first_and_last(folder):
-    """Training reward and oracle's O on the held-out prompts, first and last look."""
-    rows = [json.loads(line) for line in Path(folder, "curve.jsonl").read_text().splitlines()]
-    return [(row["reward"], row["oracle O"]) for row in (rows[0], rows[-1])]
+def read_curve(folders):
+    """[(step, reward, oracle's O)] on the held-out prompts, the mean over the seeds."""
+    curves = [world.read_jsonl(Path(folder, "curve.jsonl")) for folder in folders]
+    return [tuple(sum(row[k] for row in rows) / len(rows) for k in ("step", "reward", "oracle O"))
+            for rows in zip(*curves)]
+
+
+def folders_of(out, name):
+    """The seeds of a row that are done."""
+    return sorted(path.parent for path in Path(out, name).glob("*/scores.jsonl"))
 
 
 def table_of_rewards(out):
-    """The Markdown table of all rows that are there, and what RL-RRM and SFT-RRM differ by."""
-    lines = ["| editor and its reward | seeds | SC | PQ | O | gain of O | change of PQ "
-             "| reward on held-out prompts | oracle's O there |", "| --- " * 9 + "|"]
+    """The Markdown table of all rows that are there, and what the RL-RRMs gain on the SFT-RRMs."""
+    lines = ["| editor, its reward | seeds | SC | PQ | O | gain of O | change of PQ "
+             "| every seed's O | reward on held-out prompts | oracle's O there |",
+             "| --- " * 10 + "|"]
     known = {}
     for name, editor in ROWS.items():
-        folders = sorted(path.parent for path in Path(out, name).glob("*/scores.jsonl"))
-        if not folders:
+        if not (folders := folders_of(out, name)):
             continue
         seeds, before = [*map(read_scores, folders)], read_scores(Path(out, editor))
-        known[name] = mean_of(seeds, "O")
-        means = [sum(mean_of(seeds, k).values()) / len(before) for k in ("SC", "PQ", "O")]
-        was = mean_of([before], "O")
-        looks = [[sum(pair) / len(folders) for pair in zip(*look)] for look in
-                 zip(*map(first_and_last, folders))]
-        cells = [f"{sum(was.values()) / len(was):.2f} -> {means[2]:.2f}", gain(known[name], was),
-                 gain(mean_of(seeds, "PQ"), mean_of([before], "PQ")),
-                 *(f"{first:.2f} -> {last:.2f}" for first, last in zip(*looks))]
-        lines.append(f"| {editor}, {name} | {len(folders)} | {means[0]:.2f} | {means[1]:.2f} | "
-                     + " | ".join(cells) + " |")
-    if {"rl", "sft"} <= known.keys():
-        lines.append(f"\nO with the RL-RRM minus O with the SFT-RRM: "
-                     f"{gain(known['rl'], known['sft'])}")
+        known[name], was = mean_of(seeds, "O"), mean_of([before], "O")
+        mean = lambda rows: sum(rows.values()) / len(rows)
+        first, *_, last = read_curve(folders)
+        cells = [f"{editor}, {name}", f"{len(folders)}",
+                 *(f"{mean(mean_of(seeds, k)):.2f}" for k in ("SC", "PQ")),
+                 f"{mean(was):.2f} -> {mean(known[name]):.2f}",
+                 gain(known[name], was), gain(mean_of(seeds, "PQ"), mean_of([before], "PQ")),
+                 ", ".join(f"{mean(mean_of([rows], 'O')):.2f}" for rows in seeds),
+                 *(f"{first[i]:.2f} -> {last[i]:.2f}" for i in (1, 2))]
+        lines.append("| " + " | ".join(cells) + " |")
+    for rl, sft in (("rl", "sft"), ("small_rl", "small_sft"), ("rl", "small_rl")):
+        if {rl, sft} <= known.keys():
+            lines.append(f"\nO with {rl} minus O with {sft}: {gain(known[rl], known[sft])}")
     return "\n".join(lines)
+
+
+def draw_hacking(out, path, columns=10, size=84):
+    """Held-out prompts before and after the hacked reward; rewards and truth over the steps."""
+    looks = sorted(Path(out, "hacked/0/flow/samples").glob("step_*/edits.jsonl"))
+    before, after = (world.read_jsonl(looks[i])[:columns] for i in (0, -1))
+    truths = [[found["O"] for found in world.judge_rows(looks[i], rows)]
+              for i, rows in ((0, before), (-1, after))]
+    sheet = Image.new("RGB", (70 + columns * (size + 8), 3 * (size + 20) + 330), "white")
+    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for j, (was, now) in enumerate(zip(before, after)):
+        x = 70 + j * (size + 8)
+        pen.multiline_text((x, 2), "\n".join(textwrap.wrap(was["instruction"], 14)), "black", small)
+        shown = [(0, was, "source"), (0, was, "edit"), (-1, now, "edit")]
+        for i, (look, row, key) in enumerate(shown):
+            image = Image.open(looks[look].parent / row[key]).convert("RGB")
+            sheet.paste(image.resize((size, size), Image.NEAREST), (x, 46 + i * (size + 18)))
+            if i:
+                text = f"{row['score']:.1f}, true {truths[look][j]:.1f}"
+                pen.text((x, 47 + i * (size + 18) + size), text, "black", small)
+    for i, name in enumerate(("source", "before:\nreward,\ntruth", "after")):
+        pen.multiline_text((2, 70 + i * (size + 18)), name, "black", ImageFont.load_default(13))
+    curves = {name: read_curve(folders) for name in LINES if (folders := folders_of(out, name))}
+    top, half = 3 * (size + 20) + 50, sheet.width // 2
+    for i, title in ((1, "the reward's own score"), (2, "the truth: oracle's O")):
+        box = half * (i - 1) + 8, top, half * i - 10, sheet.height - 8
+        summary.line_chart(pen, box, f"{title}, on held-out prompts", {
+            name: (LINES[name], [(row[0], row[i]) for row in curve])
+            for name, curve in curves.items()})
+    sheet.save(path)
 
 
 def main():
@@ -72,6 +112,8 @@ def main():
     text = table_of_rewards(out)
     print(text)
     Path(out, "table3.md").write_text(text + "\n")
+    if folders_of(out, "hacked"):
+        draw_hacking(out, Path(out, "table3.png"))
 
 
 if __name__ == "__main__":

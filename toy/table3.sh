@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The paper's Table 3 in miniature: which reward makes the better editor?     bash toy/table3.sh [RUN]
-# RUN (runs/toy) is what toy/run.sh left. A run whose scores are there is skipped, so a killed table
-# goes on; delete the folder of a run that was killed itself, or it goes on from its last state.
+# The paper's Table 3 in miniature: which reward makes the better editor?
+#     bash toy/table3.sh [RUN [SEEDS]]        RUN (runs/toy) is what toy/run.sh left; SEEDS "0 1 2"
+# What is done is not done again, so a killed table goes on. Two at a time, on one thread each:
+#     export OMP_NUM_THREADS=1; bash toy/table3.sh runs/toy ""
+#     bash toy/table3.sh runs/toy 0 & bash toy/table3.sh runs/toy 1 & wait
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${1:-runs/toy}
@@ -16,15 +18,13 @@ score() {     # FOLDER EDITOR [--lora LORA]: the held-out edits of an editor, by
     python toy/world.py judge --edits "$1/edits.jsonl" --out "$1/scores.jsonl"
 }
 
-row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO with three seeds
-    for seed in 0 1 2; do
-        here=$out/$1/$seed
-        [ -e "$here/scores.jsonl" ] && continue
-        python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor "$2" --reward "$3" \
-            --seed $seed --out "$here/flow" --resume "${@:4}"
-        python toy/world.py curve --samples "$here/flow/samples" --out "$here/curve.jsonl"
-        score "$here" "$2" --lora "$here/flow/lora"
-    done
+row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO with this seed, and what it made of the editor
+    here=$out/$1/$seed
+    [ -e "$here/scores.jsonl" ] && return
+    python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor "$2" --reward "$3" \
+        --seed $seed --out "$here/flow" --resume "${@:4}"
+    python toy/world.py curve --samples "$here/flow/samples" --out "$here/curve.jsonl"
+    score "$here" "$2" --lora "$here/flow/lora"
 }
 
 # The small verifier: the same rows and pairs, half the weights.
@@ -36,12 +36,14 @@ row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO with three seeds
 for editor in editor editor_weak editor_qwen; do
     score $out/$editor $models/$editor
 done
-row rl $models/editor $run/gcpo/model
-row sft $models/editor $run/sft/model
-row teacher $models/editor $models/teacher
-row small $models/editor $out/small_rl/model
-row weak $models/editor_weak $run/gcpo/model
-row qwen $models/editor_qwen $run/gcpo/model
-row hacked $models/editor $models/vlm --beta 0         # the base VLM, which scores by chance
-
+for seed in ${2-0 1 2}; do
+    row rl $models/editor $run/gcpo/model
+    row sft $models/editor $run/sft/model
+    row weak $models/editor_weak $run/gcpo/model
+    row qwen $models/editor_qwen $run/gcpo/model
+    row teacher $models/editor $models/teacher
+    row small_sft $models/editor $out/small_sft/model
+    row small_rl $models/editor $out/small_rl/model
+    row hacked $models/editor $run/sft/model --beta 0 --lr 3e-3
+done
 python toy/table3.py --out $out

@@ -4,7 +4,9 @@ From true principles and few rows; toy/run.sh has all six stages in full. "It le
 the toy's oracle, which no stage knows.
 """
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import world
 from conftest import run_script
 
 MODELS = Path("toy/models")        # seen from the root: traces are drawn by the name of their VLM
+ALONE = os.environ | dict(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="10000")    # for most of its time
 EDITOR, WEAK, TEACHER, VLM = (MODELS / name for name in ("editor", "editor_weak", "teacher", "vlm"))
 
 
@@ -68,13 +71,13 @@ def learned(tmp_path_factory):
     together((run_script, "train_sft.py", "--toy", "--data", data, "--model", VLM,
               "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
-    together((run_script, "train_gcpo.py", "--toy", "--pairs", pairs,
+    together((partial(run_script, env=ALONE), "train_gcpo.py", "--toy", "--pairs", pairs,
               "--model", out / "start/model", "--steps", 20, "--pairs_per_step", 12,
               "--held_out", 12, "--every", 20, "--out", out / "gcpo"),
              (judge, out, "sft", out / "start/model", held))
-    together((run_script, "train_flow_grpo.py", "--toy", "--prompts", rows, "--editor", EDITOR,
-              "--reward", out / "gcpo/model", "--steps", 10, "--held_out", 8, "--every", 10,
-              "--out", out / "flow"),
+    together((partial(run_script, env=ALONE), "train_flow_grpo.py", "--toy", "--prompts", rows,
+              "--editor", EDITOR, "--reward", out / "gcpo/model", "--prompts_per_step", 8,
+              "--steps", 12, "--held_out", 8, "--every", 12, "--out", out / "flow"),
              (judge, out, "rl", out / "gcpo/model", held))
     draw(out, "after", bench, "--lora", out / "flow/lora")
     return out

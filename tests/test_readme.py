@@ -36,7 +36,8 @@ def commands(text):
             yield script, word if word.isidentifier() else "", flags
 
 
-TEXTS = SCRIPTS | {"README.md": README, "toy/run.sh": (ROOT / "toy/run.sh").read_text("utf-8")}
+SHELL = {f"toy/{name}.sh": (ROOT / f"toy/{name}.sh").read_text("utf-8") for name in ("run", "table3")}
+TEXTS = SCRIPTS | {"README.md": README} | SHELL
 COMMANDS = [(place, *found) for place, text in TEXTS.items() for found in commands(
     (ast.get_docstring(ast.parse(text)) or "") if place.endswith(".py") else text)]
 

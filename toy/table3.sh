@@ -18,11 +18,11 @@ score() {     # FOLDER EDITOR [--lora LORA]: the held-out edits of an editor, by
     python toy/world.py judge --edits "$1/edits.jsonl" --out "$1/scores.jsonl"
 }
 
-row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO with this seed, and what it made of the editor
+row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO, half as many prompts a step as run.sh
     here=$out/$1/$seed
     [ -e "$here/scores.jsonl" ] && return
     python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor "$2" --reward "$3" \
-        --seed $seed --out "$here/flow" --resume "${@:4}"
+        --prompts_per_step 8 --seed $seed --out "$here/flow" --resume "${@:4}"
     python toy/world.py curve --samples "$here/flow/samples" --out "$here/curve.jsonl"
     score "$here" "$2" --lora "$here/flow/lora"
 }

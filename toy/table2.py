@@ -8,9 +8,9 @@
     worst   TV, but the trace that agrees least with the inspector
 
 All from eight traces of every edit, where toy/run.sh has two. Each is a cold start of the small and
-of the large base model by train_sft.py, and GCPO on that by train_gcpo.py; both then judge the
-held-out pairs, by four sampled verdicts an edit and a greedy one. --run is what toy/run.sh left;
-what is done is not done again.
+of the large base model by train_sft.py, and GCPO on that by train_gcpo.py, in half of run.sh's
+steps; both then judge the held-out pairs, by four sampled verdicts an edit and a greedy one. --run
+is what toy/run.sh left; what is done is not done again.
 
     python toy/table2.py train --seeds 3       # two runs at a time, on one thread each
     python toy/table2.py table
@@ -103,7 +103,8 @@ def train(run, size, form, seed):
     judged("sft")
     if not (out / "rl/model").exists():
         command(out / "log", "train_gcpo.py", "--toy", "--pairs", run / "data/preferences" / pairs,
-                "--model", out / "sft/model", "--seed", seed, "--out", out / "rl", "--resume")
+                "--model", out / "sft/model", "--seed", seed, "--steps", 60, "--out", out / "rl",
+                "--resume")
     judged("rl")
     print(f"{out} is done", flush=True)
 

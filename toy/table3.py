@@ -40,7 +40,8 @@ def gain(after, before):
 def read_curve(folders):
     """[(step, reward, oracle's O)] on the held-out prompts, the mean over the seeds."""
     curves = [world.read_jsonl(Path(folder, "curve.jsonl")) for folder in folders]
-    return [tuple(sum(row[k] for row in rows) / len(rows) for k in ("step", "reward", "oracle O"))
+    mean = lambda rows, name: sum(row[name] for row in rows) / len(rows)
+    return [(rows[0]["step"], mean(rows, "reward"), mean(rows, "oracle O"))
             for rows in zip(*curves)]
 
 
@@ -81,7 +82,7 @@ def draw_hacking(out, path, columns=10, size=84):
     before, after = (world.read_jsonl(looks[i])[:columns] for i in (0, -1))
     truths = [[found["O"] for found in world.judge_rows(looks[i], rows)]
               for i, rows in ((0, before), (-1, after))]
-    sheet = Image.new("RGB", (70 + columns * (size + 8), 3 * (size + 20) + 330), "white")
+    sheet = Image.new("RGB", (70 + columns * (size + 8), 3 * (size + 20) + 342), "white")
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for j, (was, now) in enumerate(zip(before, after)):
         x = 70 + j * (size + 8)
@@ -89,14 +90,14 @@ def draw_hacking(out, path, columns=10, size=84):
         shown = [(0, was, "source"), (0, was, "edit"), (-1, now, "edit")]
         for i, (look, row, key) in enumerate(shown):
             image = Image.open(looks[look].parent / row[key]).convert("RGB")
-            sheet.paste(image.resize((size, size), Image.NEAREST), (x, 46 + i * (size + 18)))
+            sheet.paste(image.resize((size, size), Image.NEAREST), (x, 58 + i * (size + 18)))
             if i:
                 text = f"{row['score']:.1f}, true {truths[look][j]:.1f}"
-                pen.text((x, 47 + i * (size + 18) + size), text, "black", small)
+                pen.text((x, 59 + i * (size + 18) + size), text, "black", small)
     for i, name in enumerate(("source", "before:\nreward,\ntruth", "after")):
-        pen.multiline_text((2, 70 + i * (size + 18)), name, "black", ImageFont.load_default(13))
+        pen.multiline_text((2, 82 + i * (size + 18)), name, "black", ImageFont.load_default(13))
     curves = {name: read_curve(folders) for name in LINES if (folders := folders_of(out, name))}
-    top, half = 3 * (size + 20) + 50, sheet.width // 2
+    top, half = 3 * (size + 20) + 62, sheet.width // 2
     for i, title in ((1, "the reward's own score"), (2, "the truth: oracle's O")):
         box = half * (i - 1) + 8, top, half * i - 10, sheet.height - 8
         summary.line_chart(pen, box, f"{title}, on held-out prompts", {

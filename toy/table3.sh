@@ -44,6 +44,6 @@ for seed in ${2-0 1 2}; do
     row teacher $models/editor $models/teacher
     row small_sft $models/editor $out/small_sft/model
     row small_rl $models/editor $out/small_rl/model
-    row hacked $models/editor $run/sft/model --beta 0 --lr 3e-3
+    row hacked $models/editor $models/vlm --beta 0        # scores by chance: reward up, truth down
 done
 python toy/table3.py --out $out

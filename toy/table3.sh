@@ -40,7 +40,7 @@ for seed in ${2-0 1 2}; do
     row rl $models/editor $run/gcpo/model
     row sft $models/editor $run/sft/model
     row weak $models/editor_weak $run/gcpo/model
-    row qwen $models/editor_qwen $run/gcpo/model --steps 100         # learns more slowly
+    row qwen $models/editor_qwen $run/gcpo/model --prompts_per_step 16
     row teacher $models/editor $models/teacher
     row small_sft $models/editor $out/small_sft/model
     row small_rl $models/editor $out/small_rl/model

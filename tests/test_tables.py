@@ -108,15 +108,15 @@ def test_table3_from_scores(tmp_path):
                                                instruction="remove the red circle")] * 2)
     table3.draw_hacking(tmp_path, tmp_path / "table3.png", columns=2)
     colours = {colour for _, colour in Image.open(tmp_path / "table3.png").convert("RGB").getcolors(2 ** 20)}
-    assert all(ImageColor.getrgb(table3.LINES[name]) in colours for name in ("rl", "sft", "hacked"))
+    assert all(ImageColor.getrgb(table3.LINES[name][1]) in colours for name in ("rl", "sft", "hacked"))
 
 
 def test_table3_sh_runs_what_is_there():
     """Its syntax holds, its models exist, and every row is one that table3.py knows."""
     text = (ROOT / "toy/table3.sh").read_text()
     assert subprocess.run(["bash", "-n", ROOT / "toy/table3.sh"]).returncode == 0
-    rows = re.findall(r"^ +row (\w+) \$models/(\w+)", text, re.M)
-    assert dict(rows) == table3.ROWS
+    rows = re.findall(r"^ .*\brow (\w+) \$models/(\w+)", text, re.M)
+    assert dict(rows) == {name: editor.removesuffix("_unguided") for name, editor in table3.ROWS.items()}
     assert all((ROOT / "toy/models" / name).is_dir() for name in re.findall(r"\$models/(\w+)", text))
 
 

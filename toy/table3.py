@@ -18,8 +18,10 @@ import summary             # noqa: E402
 import world               # noqa: E402
 
 ROWS = dict(rl="editor", sft="editor", teacher="editor", small_rl="editor", small_sft="editor",
-            weak="editor_weak", qwen="editor_qwen", hacked="editor")
-LINES = dict(rl=summary.BLUE, sft=summary.ORANGE, teacher=summary.GREY, hacked="#b3202c")
+            weak="editor_weak", qwen="editor_qwen", unguided="editor_qwen_unguided",
+            hacked="editor")
+LINES = dict(rl=("RL-RRM", summary.BLUE), sft=("SFT-RRM", summary.ORANGE),
+             teacher=("teacher", summary.GREY), hacked=("base VLM", "#b3202c"))
 
 
 def read_scores(folder):
@@ -101,7 +103,7 @@ def draw_hacking(out, path, columns=10, size=84):
     for i, title in ((1, "the reward's own score"), (2, "the truth: oracle's O")):
         box = half * (i - 1) + 8, top, half * i - 10, sheet.height - 8
         summary.line_chart(pen, box, f"{title}, on held-out prompts", {
-            name: (LINES[name], [(row[0], row[i]) for row in curve])
+            LINES[name][0]: (LINES[name][1], [(row[0], row[i]) for row in curve])
             for name, curve in curves.items()})
     sheet.save(path)
 

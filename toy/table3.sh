@@ -12,9 +12,10 @@ data=$run/data
 models=toy/models
 export GOMP_SPINCOUNT=10000
 
+guide=        # flags for all that draws
 score() {     # FOLDER EDITOR [--lora LORA]: the held-out edits of an editor, by the oracle
     [ -e "$1/scores.jsonl" ] && return
-    python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor "$2" "${@:3}" --out "$1"
+    python evaluate.py edit --toy --prompts $data/editor_bench/edits.jsonl --editor "$2" "${@:3}" $guide --out "$1"
     python toy/world.py judge --edits "$1/edits.jsonl" --out "$1/scores.jsonl"
 }
 
@@ -22,7 +23,7 @@ row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO, half as many prompts a st
     here=$out/$1/$seed
     [ -e "$here/scores.jsonl" ] && return
     python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor "$2" --reward "$3" \
-        --prompts_per_step 8 --seed $seed --out "$here/flow" --resume "${@:4}"
+        --prompts_per_step 8 --seed $seed --out "$here/flow" --resume "${@:4}" $guide
     python toy/world.py curve --samples "$here/flow/samples" --out "$here/curve.jsonl"
     score "$here" "$2" --lora "$here/flow/lora"
 }
@@ -36,11 +37,13 @@ row() {       # NAME EDITOR REWARD [flags]: Flow-GRPO, half as many prompts a st
 for editor in editor editor_weak editor_qwen; do
     score $out/$editor $models/$editor
 done
+guide="--guidance 1" score $out/editor_qwen_unguided $models/editor_qwen
 for seed in ${2-0 1 2}; do
     row rl $models/editor $run/gcpo/model
     row sft $models/editor $run/sft/model
     row weak $models/editor_weak $run/gcpo/model
     row qwen $models/editor_qwen $run/gcpo/model --prompts_per_step 16
+    guide="--guidance 1" row unguided $models/editor_qwen $run/gcpo/model
     row teacher $models/editor $models/teacher
     row small_sft $models/editor $out/small_sft/model
     row small_rl $models/editor $out/small_rl/model

@@ -11,8 +11,6 @@ is drawn beside them if it is there. --run is what toy/run.sh left; what is done
     python toy/degrade.py --run runs/toy         # the table, and runs/toy/degrade/degrade.png
 """
 import argparse
-import contextlib
-import io
 import json
 import os
 import random
@@ -93,14 +91,12 @@ def measure(run, kind, p):
 
     command("build_sft.py", "--toy", "--principles", run / "data/rl/principles.jsonl",
             "--temperatures", 0, "--max_new", 256, "--pool", *judges.values(), "--out", out)
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        world.trust(out / "traces.jsonl")
+    trust = world.trust(out / "traces.jsonl")
     for name, model in judges.items():
         command("evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
                 "--pairs", out / "pairs.jsonl", "--out", out / name)
         reward = json.loads((out / name / "reward.json").read_text())
-        near = re.search(rf"{re.escape(str(model))}: .* O ([-\d.]+) ", text.getvalue())
-        found[name] = reward["strict"], float(near[1]), reward["unparsed"]
+        found[name] = reward["strict"], trust[str(model)], reward["unparsed"]
     result.write_text(json.dumps(found))
     print(f"{out} is done", flush=True)
     return found

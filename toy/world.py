@@ -337,19 +337,21 @@ def trust(traces):
     """Within-group correlation of every VLM's score with the oracle's O on an editor's samples.
 
     Both are centred within the samples of a prompt, as Flow-GRPO centres rewards, then correlated.
+    -> {vlm: correlation}, printed too
     """
-    rows, groups = read_jsonl(traces), {}
-    for row, found in zip(rows, judge_rows(traces, rows)):
+    rows, groups, found = read_jsonl(traces), {}, {}
+    for row, truth in zip(rows, judge_rows(traces, rows)):
         prompt = row["id"].rsplit("/", 2)[0]
         for trace in row["traces"]:
             group = groups.setdefault(trace["vlm"], {}).setdefault(prompt, [])
-            group.append((trace["score"], found["O"]))
+            group.append((trace["score"], truth["O"]))
     for vlm, by_prompt in groups.items():
         samples = [torch.tensor(group, dtype=torch.float64) for group in by_prompt.values()]
         pairs = torch.cat([group - group.mean(0) for group in samples])
-        correlation = torch.corrcoef(pairs.T)[0, 1]
-        print(f"{vlm}: within-group correlation with the oracle's O {correlation:.3f} "
+        found[vlm] = torch.corrcoef(pairs.T)[0, 1].item()
+        print(f"{vlm}: within-group correlation with the oracle's O {found[vlm]:.3f} "
               f"({len(pairs)} edits of {len(by_prompt)} prompts)")
+    return found
 
 
 def judge(edits, out):

@@ -12,6 +12,7 @@ is drawn beside them if it is there. --run is what toy/run.sh left; what is done
 """
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -91,12 +92,13 @@ def measure(run, kind, p):
 
     command("build_sft.py", "--toy", "--principles", run / "data/rl/principles.jsonl",
             "--temperatures", 0, "--max_new", 256, "--pool", *judges.values(), "--out", out)
-    trust = world.trust(out / "traces.jsonl")
+    read = world.read_jsonl(out / "traces.jsonl")                 # none, if no verdict can be read
+    trust = world.trust(out / "traces.jsonl") if read else {}
     for name, model in judges.items():
         command("evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
                 "--pairs", out / "pairs.jsonl", "--out", out / name)
         reward = json.loads((out / name / "reward.json").read_text())
-        found[name] = reward["strict"], trust[str(model)], reward["unparsed"]
+        found[name] = reward["strict"], trust.get(str(model), math.nan), reward["unparsed"]
     result.write_text(json.dumps(found))
     print(f"{out} is done", flush=True)
     return found
@@ -107,7 +109,8 @@ def draw(found, path):
     sheet = Image.new("RGB", (2 * 560, 4 * 220), "white")
     for i, title in enumerate(("strict accuracy", "correlation with the oracle")):
         for j, kind in enumerate(KINDS):
-            curves = {name: (colour, [(p, found[kind, p][name][i]) for p in SHARES])
+            curves = {name: (colour, [(p, value) for p in SHARES
+                                      if (value := found[kind, p][name][i]) == value])     # no NaN
                       for name, (_, colour) in VERIFIERS.items() if name in found[kind, 0]}
             box = (560 * i + 8, 220 * j + 8, 560 * i + 552, 220 * j + 212)
             summary.line_chart(ImageDraw.Draw(sheet), box, f"{title}: {kind}", curves)

@@ -152,3 +152,11 @@ def test_an_opposite_is_true_where_the_question_is_false():
             assert not world.is_true(question, target, target, True)
         else:
             assert re.fullmatch(r"Is there a \w+ \w+ at the \w+ \w+\?", question)
+
+
+def test_the_picture_of_degraded_principles_leaves_out_what_could_not_be_read(tmp_path):
+    found = {(kind, p): {"SFT-RRM": (0.5 - p / 4, 0.6 - p / 2, 0.0), "RL-RRM": (0.8, 0.9 if p < 1 else float("nan"), p)}
+             for kind in degrade.KINDS for p in degrade.SHARES}
+    degrade.draw(found, tmp_path / "degrade.png")
+    colours = {colour for _, colour in Image.open(tmp_path / "degrade.png").getcolors(2 ** 20)}
+    assert all(ImageColor.getrgb(degrade.VERIFIERS[name][1]) in colours for name in found["dropped", 0])

@@ -28,7 +28,7 @@ def row():
     return dict(id="a", principles=PRINCIPLES, traces=traces, gold=[1, 0], chosen=1, text=traces[1]["text"])
 
 
-def test_the_variants_are_parts_of_the_same_trace(row):
+def test_the_formats_are_parts_of_the_same_trace(row):
     learned = {name: table2.as_format(row, name) for name in table2.FORMATS}
     whole = row["text"]
     assert learned["TV"] == row and whole.startswith("Seen.\n[{")
@@ -104,8 +104,9 @@ def test_table3_from_scores(tmp_path):
         here = tmp_path / f"hacked/0/flow/samples/step_{step:06d}"
         here.mkdir(parents=True)
         world.to_pil(world.render([[0, 0, 5, -1, -1]])[0]).save(here / "0.png")
-        write_rows(here / "edits.jsonl", [dict(source="0.png", edit="0.png", score=1.0 + step,
-                                               instruction="remove the red circle")] * 2)
+        write_rows(here / "edits.jsonl", [
+            dict(source="0.png", edit="0.png", score=score, instruction="remove the red circle")
+            for score in (1.0 + step, None)])                       # None: the verdict could not be read
     table3.draw_hacking(tmp_path, tmp_path / "table3.png", columns=2)
     colours = {colour for _, colour in Image.open(tmp_path / "table3.png").convert("RGB").getcolors(2 ** 20)}
     assert all(ImageColor.getrgb(table3.LINES[name][1]) in colours for name in ("rl", "sft", "hacked"))

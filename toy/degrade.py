@@ -31,7 +31,7 @@ import world               # noqa: E402
 ROOT = Path(__file__).parents[1]
 KINDS, SHARES = ("dropped", "doubled", "negated", "swapped"), (0, 0.25, 0.5, 1)
 VERIFIERS = {"SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
-          "scalar": ("table2/vlm_scalar_0/rl/model", summary.GREY)}
+             "scalar": ("table2/vlm_scalar_0/rl/model", summary.GREY)}
 
 
 # ---------------------------------------------------------------- the faults
@@ -71,6 +71,13 @@ def write_degraded(old, new, kind, p, keys):
 
 # ---------------------------------------------------------------- what comes of them
 
+def command(log, script, *flags):
+    """One stage, as one would run it by hand, on one thread."""
+    with open(log, "a") as file:
+        subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True,
+                       stdout=file, stderr=file, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
 def measure(run, kind, p):
     """{judge: (strict accuracy, within-group correlation, share unread)} with these principles."""
     out = run / "degrade" / f"{kind}_{p}"
@@ -85,17 +92,12 @@ def measure(run, kind, p):
     judges = {name: run / path for name, (path, _) in VERIFIERS.items()
               if (name == "scalar") == (kind == "bare")}
 
-    def command(script, *flags):
-        with open(out / "log", "a") as log:
-            subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True,
-                           stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS="1"))
-
-    command("build_sft.py", "--toy", "--principles", run / "data/rl/principles.jsonl",
+    command(out / "log", "build_sft.py", "--toy", "--principles", run / "data/rl/principles.jsonl",
             "--temperatures", 0, "--max_new", 256, "--pool", *judges.values(), "--out", out)
     read = world.read_jsonl(out / "traces.jsonl")                 # none, if no verdict can be read
     trust = world.trust(out / "traces.jsonl") if read else {}
     for name, model in judges.items():
-        command("evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
+        command(out / "log", "evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
                 "--pairs", out / "pairs.jsonl", "--out", out / name)
         reward = json.loads((out / name / "reward.json").read_text())
         found[name] = reward["strict"], trust.get(str(model), math.nan), reward["unparsed"]

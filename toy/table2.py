@@ -34,12 +34,19 @@ TEACHER = MODELS / "teacher"
 BASES = ["vlm", "vlm_small"]
 FORMATS = ["TV", "T", "V", "scalar", "random", "worst"]
 BARE = ["T", "scalar"]                                    # judged without principles
+WAYS = {"@1": ("four", "at_1"), "@4": ("four", "strict"), "greedy": ("greedy", "strict")}
 
 
 # ---------------------------------------------------------------- the data
 
 def agreement(trace, truth):
+    """The share of a trace's answers that are as in `truth`."""
     return sum(v == t for v, t in zip(trace["verdict"], truth)) / len(truth)
+
+
+def worst_trace(row):
+    """The trace of a row that agrees least with the inspector."""
+    return min(row["traces"], key=lambda trace: agreement(trace, row["gold"]))
 
 
 def as_format(row, form):
@@ -49,7 +56,7 @@ def as_format(row, form):
     if form == "random":
         trace = random.Random(row["id"]).choice(traces)
     if form == "worst":
-        trace = min(traces, key=lambda trace: agreement(trace, row["gold"]))
+        trace = worst_trace(row)
     text = trace["text"]
     answers, score = text.rindex('[{"question"'), text.rindex("<score>")
     text = dict(T=text[:answers] + text[score:], V=text[answers:], scalar=text[score:]).get(
@@ -130,9 +137,6 @@ def difference(a, b):
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * found[k] for k in ("mean", "low", "high")))
 
 
-WAYS = {"@1": ("four", "at_1"), "@4": ("four", "strict"), "greedy": ("greedy", "strict")}
-
-
 def accuracy_table(run):
     """A line a row of the paper's table: accuracies of the cold start and after GCPO."""
     print("| base, verdict | seeds | " + " | ".join(f"SFT {way}" for way in WAYS)
@@ -163,8 +167,8 @@ def inspector_table(run):
     rows, right = world.read_jsonl(path), {}
     for row, found in zip(rows, world.judge_rows(path, rows)):
         truth, verdicts = found["verdict"], [trace["verdict"] for trace in row["traces"]]
-        worst = min(row["traces"], key=lambda trace: agreement(trace, row["gold"]))
-        ways = dict(inspector=row["gold"], chosen=verdicts[row["chosen"]], worst=worst["verdict"],
+        ways = dict(inspector=row["gold"], chosen=verdicts[row["chosen"]],
+                    worst=worst_trace(row)["verdict"],
                     majority=[round(sum(answers) / len(answers)) for answers in zip(*verdicts)])
         for name, verdict in ways.items():
             right.setdefault(name, []).append(agreement(dict(verdict=verdict), truth))

@@ -94,7 +94,8 @@ def draw_hacking(out, path, columns=10, size=84):
             image = Image.open(looks[look].parent / row[key]).convert("RGB")
             sheet.paste(image.resize((size, size), Image.NEAREST), (x, 58 + i * (size + 18)))
             if i:
-                text = f"{row['score']:.1f}, true {truths[look][j]:.1f}"
+                said = "unread" if row["score"] is None else f"{row['score']:.1f}"
+                text = f"{said}, true {truths[look][j]:.1f}"
                 pen.text((x, 59 + i * (size + 18) + size), text, "black", small)
     for i, name in enumerate(("source", "before:\nreward,\ntruth", "after")):
         pen.multiline_text((2, 82 + i * (size + 18)), name, "black", ImageFont.load_default(13))

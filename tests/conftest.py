@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Timer
 
@@ -167,6 +168,19 @@ def sft(toy_rows):
         {k: r[k] for k in keys} | dict(id=f"{r['id']}/{name}/0", edit=r[name], gold=gold,
                                        text=say_verdict(gold, score))
         for r in rows for name, gold, score in (("right", [1, 1], 8.75), ("wrong", [0, 1], 3.125))])
+
+
+def pytest_collection_modifyitems(items):
+    """test_learns.py comes last: what it waits for has begun with the first test."""
+    items.sort(key=lambda item: item.path.name == "test_learns.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def learned(request, tmp_path_factory):
+    """Future of the folder that test_learns.py looks at: takes as long as all other tests, beside them."""
+    for item in request.session.items:
+        if item.path.name == "test_learns.py":
+            return ThreadPoolExecutor(1).submit(item.module.learn, tmp_path_factory.mktemp("learned"))
 
 
 @pytest.fixture

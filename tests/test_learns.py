@@ -1,21 +1,17 @@
 """It learns: cold start, GCPO and Flow-GRPO, cut short, gain what the paper gains, surely above 0.
 
 From true principles and few rows; toy/run.sh has all six stages in full. "It learns" is judged by
-the toy's oracle, which no stage knows.
+the toy's oracle, which no stage knows. As this takes as long as all other tests, conftest.py begins
+it beside them.
 """
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-
-import pytest
 
 import world
 from conftest import run_script
 
 MODELS = Path("toy/models")        # seen from the root: traces are drawn by the name of their VLM
-ALONE = os.environ | dict(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="10000")    # for most of its time
 EDITOR, WEAK, TEACHER, VLM = (MODELS / name for name in ("editor", "editor_weak", "teacher", "vlm"))
 
 
@@ -60,10 +56,8 @@ def draw(out, name, prompts, *lora):
     world.judge(out / name / "edits.jsonl", out / name / "scores.jsonl")
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
+def learn(out):
     """Stages 2 to 5; three judges on held-out pairs, the editor before and after on new prompts."""
-    out = tmp_path_factory.mktemp("learned")
     rows, bench = principles_of(out, "rl", 120), principles_of(out, "editor_bench", 240)
     data, pairs, held = together(
         (edits_of, out, "sft", 160, "--pool", TEACHER, "--inspector", TEACHER),
@@ -71,11 +65,11 @@ def learned(tmp_path_factory):
     together((run_script, "train_sft.py", "--toy", "--data", data, "--model", VLM,
               "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
-    together((partial(run_script, env=ALONE), "train_gcpo.py", "--toy", "--pairs", pairs,
-              "--model", out / "start/model", "--steps", 20, "--pairs_per_step", 12,
-              "--held_out", 12, "--every", 20, "--out", out / "gcpo"),
+    together((run_script, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
+              "--steps", 20, "--pairs_per_step", 12, "--held_out", 12, "--every", 20,
+              "--out", out / "gcpo"),
              (judge, out, "sft", out / "start/model", held))
-    together((partial(run_script, env=ALONE), "train_flow_grpo.py", "--toy", "--prompts", rows,
+    together((run_script, "train_flow_grpo.py", "--toy", "--prompts", rows,
               "--editor", EDITOR, "--reward", out / "gcpo/model", "--prompts_per_step", 8,
               "--steps", 12, "--held_out", 8, "--every", 12, "--out", out / "flow"),
              (judge, out, "rl", out / "gcpo/model", held))
@@ -97,7 +91,7 @@ def test_the_judge_learns_in_the_cold_start_and_again_in_gcpo(learned):
 
     The cold start with a tie as half a win: it ties often, the base VLM draws scores by chance.
     """
-    metrics, (cold_start, gcpo) = gains(learned, "reward", "base", "sft", "rl")
+    metrics, (cold_start, gcpo) = gains(learned.result(), "reward", "base", "sft", "rl")
     assert metrics["base"]["n"] >= 240
     assert cold_start["half"]["low"] > 0
     assert gcpo["strict"]["low"] > 0 and gcpo["strict"]["mean"] >= 0.06
@@ -105,6 +99,6 @@ def test_the_judge_learns_in_the_cold_start_and_again_in_gcpo(learned):
 
 def test_flow_grpo_makes_a_better_editor_by_the_oracle(learned):
     """The RL-RRM is the only reward; O gains 5 % at least, and PQ does not pay for it."""
-    editors, [gain] = gains(learned, "editor", "before", "after")
+    editors, [gain] = gains(learned.result(), "editor", "before", "after")
     assert gain["O"]["mean"] >= 0.05 * editors["before"]["O"] and gain["O"]["low"] > 0
     assert gain["PQ"]["mean"] > -0.05

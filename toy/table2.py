@@ -7,10 +7,10 @@
     random  TV, but any of the traces in place of the one that the inspector chose
     worst   TV, but the trace that agrees least with the inspector
 
-All from eight traces of every edit, where toy/run.sh has two. Each is a cold start of the small and
-of the large base model by train_sft.py, and GCPO on that by train_gcpo.py, in half of run.sh's
-steps; both then judge the held-out pairs, by four sampled verdicts an edit and a greedy one. --run
-is what toy/run.sh left; what is done is not done again.
+All from four traces of every edit, where toy/run.sh has two. Each is a cold start of the small and
+of the large base model by train_sft.py, and GCPO on that by train_gcpo.py, with a quarter of
+run.sh's verdicts; both then judge the held-out pairs, by four sampled verdicts an edit and a greedy
+one. --run is what toy/run.sh left; what is done is not done again.
 
     python toy/table2.py train --seeds 3       # two runs at a time, on one thread each
     python toy/table2.py table
@@ -65,14 +65,14 @@ def as_format(row, form):
 
 
 def write_formats(run):
-    """Eight traces of every edit and the inspector's choice; of them all formats; bare pairs."""
+    """Four traces of every edit and the inspector's choice; of them all formats; bare pairs."""
     out, old = run / "table2/sft", run / "data/sft/candidates.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     new = out / "candidates.jsonl"
     world.write_jsonl(new, [evaluate.move_paths(row, ["source", "edit"], old, new)
                             for row in world.read_jsonl(old)])
     command(out / "log", "build_sft.py", "--toy", "--principles", run / "data/sft/principles.jsonl",
-            "--samples", 4, "--pool", TEACHER, "--inspector", TEACHER, "--out", out)
+            "--samples", 2, "--pool", TEACHER, "--inspector", TEACHER, "--out", out)
     for form in FORMATS:
         world.write_jsonl(out / f"{form}.jsonl", [
             as_format(row, form) for row in world.read_jsonl(out / "sft.jsonl")])
@@ -110,8 +110,8 @@ def train(run, size, form, seed):
     judged("sft")
     if not (out / "rl/model").exists():
         command(out / "log", "train_gcpo.py", "--toy", "--pairs", run / "data/preferences" / pairs,
-                "--model", out / "sft/model", "--seed", seed, "--steps", 60, "--out", out / "rl",
-                "--resume")
+                "--model", out / "sft/model", "--seed", seed, "--steps", 60, "--pairs_per_step", 16,
+                "--out", out / "rl", "--resume")
     judged("rl")
     print(f"{out} is done", flush=True)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole paper in miniature, every stage as you would run it yourself:   bash toy/run.sh [OUT]
-# With no GPU and two cores it takes 12 to 17 minutes. OUT (runs/toy) is made anew.
+# With no GPU and two cores it takes about 17 minutes. OUT (runs/toy) is made anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/toy}

@@ -177,7 +177,7 @@ def write_traces(pool, args, rows, pictures):
         for row, gain, text in zip(rows, gains, replies):
             if not isinstance(text, str):
                 gain["error"] = repr(text)
-            elif verdict := parse_verdict(text, len(row["principles"])):
+            elif "<|" not in text and (verdict := parse_verdict(text, len(row["principles"]))):
                 gain["traces"].append(dict(vlm=vlm, temperature=temperature, text=text.strip())
                                       | dict(zip(("verdict", "average", "score"), verdict)))
             else:

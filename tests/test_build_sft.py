@@ -18,7 +18,7 @@ from PIL import Image
 
 import build_sft as B
 import world
-from conftest import ROOT, read_rows, write_rows
+from conftest import ROOT, read_rows, say_verdict, write_rows
 
 STEPS = ("candidates", "traces", "sft")
 QUESTIONS = [dict(question=f"Is it {word}?", category=category)
@@ -73,6 +73,19 @@ def test_the_best_trace_by_brute_force():
         ranks = [(n, trace["average"], trace["score"]) for n, trace in zip(right, traces)]
         best = ranks.index(max(ranks))
         assert B.choose_trace(traces, truth) == (best, right[best] / 3)
+
+
+def test_what_stage_3_would_refuse_is_no_trace():
+    """A token <|...|> that a judge spelt out would end the prompt that it is shown in."""
+    row = dict(id="a", instruction="do it", principles=[dict(question="q", category="follow")])
+    good = say_verdict([1], 8.0)
+    replies = iter([good, f"<|im_end|>{good}", RuntimeError("no"), good[:-4]])
+    pool = dict(vlm=lambda *_: [next(replies)])
+    args = SimpleNamespace(temperatures=(1.0,), samples=2, max_new=9, seed=0)
+    [gain] = B.write_traces(pool, args, [row], [("source", "edit")])
+    assert [t["text"] for t in gain["traces"]] == [good] and gain["unread"] == 1 and "error" not in gain
+    [gain] = B.write_traces(pool, args, [row], [("source", "edit")])
+    assert not gain["traces"] and gain["unread"] == 1 and "no" in gain["error"]
 
 
 def test_the_inspector_sees_everything():

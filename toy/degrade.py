@@ -4,9 +4,10 @@
     negated   it asks for the opposite            swapped   it is another row's
 
 each with probability p = 0 to 1. At every p the SFT-RRM and the RL-RRM judge the held-out pairs
-(greedy, strict accuracy) and the editor's own samples (correlation of score and oracle within the
-groups, as Flow-GRPO would use it). A scalar scorer that never sees principles, toy/table2.py's,
-is drawn beside them if it is there. --run is what toy/run.sh left; what is done is not done again.
+(greedy; how many verdicts are unreadable, and the strict accuracy where both can be read) and the
+editor's own samples (correlation of score and oracle within the groups, as Flow-GRPO would use it).
+A scalar scorer that never sees principles, toy/table2.py's, is drawn beside them if it is there.
+--run is what toy/run.sh left; what is done is not done again.
 
     python toy/degrade.py --run runs/toy         # the table, and runs/toy/degrade/degrade.png
 """
@@ -79,7 +80,7 @@ def command(log, script, *flags):
 
 
 def measure(run, kind, p):
-    """{judge: (strict accuracy, within-group correlation, share unread)} with these principles."""
+    """{judge: (share of pairs unread, strict accuracy of the others, correlation)}; NaN: too few."""
     out = run / "degrade" / f"{kind}_{p}"
     found, result = {}, out / "found.json"
     if result.exists():
@@ -100,22 +101,24 @@ def measure(run, kind, p):
         command(out / "log", "evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
                 "--pairs", out / "pairs.jsonl", "--out", out / name)
         reward = json.loads((out / name / "reward.json").read_text())
-        found[name] = reward["strict"], trust.get(str(model), math.nan), reward["unparsed"]
+        unread = reward["unparsed"]
+        found[name] = (unread, reward["strict"] / (1 - unread), trust.get(str(model), math.nan)
+                       ) if unread < 0.9 else (unread, math.nan, math.nan)
     result.write_text(json.dumps(found))
     print(f"{out} is done", flush=True)
     return found
 
 
 def draw(found, path):
-    """A row of panels a kind of fault: accuracy, then correlation, over p."""
-    sheet = Image.new("RGB", (2 * 560, 4 * 220), "white")
-    for i, title in enumerate(("strict accuracy", "correlation with the oracle")):
+    """A row of panels a kind of fault: unread, accuracy, correlation, over p."""
+    sheet = Image.new("RGB", (3 * 400, 4 * 200), "white")
+    for i, title in enumerate(("pairs unread", "accuracy of the others", "correlation")):
         for j, kind in enumerate(KINDS):
             curves = {name: (colour, [(p, value) for p in SHARES
                                       if (value := found[kind, p][name][i]) == value])     # no NaN
                       for name, (_, colour) in VERIFIERS.items() if name in found[kind, 0]}
-            box = (560 * i + 8, 220 * j + 8, 560 * i + 552, 220 * j + 212)
-            summary.line_chart(ImageDraw.Draw(sheet), box, f"{title}: {kind}", curves)
+            box = (400 * i + 8, 200 * j + 8, 400 * i + 392, 200 * j + 192)
+            summary.line_chart(ImageDraw.Draw(sheet), box, f"{kind}: {title}", curves, "p =")
     sheet.save(path)
 
 
@@ -131,11 +134,11 @@ def main():
     with ThreadPoolExecutor(2) as pool:
         done = dict(zip(jobs, pool.map(lambda job: measure(run, *job), jobs)))
     found = {key: done[same[key]] | done.get(("bare", 0), {}) for key in keys}
-    lines = ["| principles | p | judge | strict accuracy | correlation | unread |",
+    lines = ["| principles | p | judge | unread | accuracy of the others | correlation |",
              "| --- " * 6 + "|"]
     for (kind, p), judges in found.items():
-        for name, (strict, near, unread) in judges.items():
-            lines.append(f"| {kind} | {p} | {name} | {strict:.3f} | {near:.3f} | {unread:.1%} |")
+        for name, numbers in judges.items():
+            lines.append(f"| {kind} | {p} | {name} | {' | '.join(f'{x:.3f}' for x in numbers)} |")
     print("\n".join(lines))
     (run / "degrade/degrade.md").write_text("\n".join(lines) + "\n")
     draw(found, run / "degrade/degrade.png")

@@ -56,7 +56,7 @@ def table(found):
     return "\n".join(lines)
 
 
-def line_chart(draw, box, title, curves):
+def line_chart(draw, box, title, curves, x_name="step"):
     """Curves {name: (colour, [(x, y), ...])} on a pair of axes; box: (left, top, right, bottom)."""
     left, top, right, bottom = box
     font = ImageFont.load_default(13)
@@ -74,8 +74,8 @@ def line_chart(draw, box, title, curves):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
     for y in (min(p[1] for p in points), max(p[1] for p in points)):
         draw.text((left, place(x0, y)[1] - 7), f"{y:.2f}", GREY, font)
-    draw.text((left + 36, bottom - 18), f"step {x0}", GREY, font)
-    draw.text((right - 60, bottom - 18), f"step {x1}", GREY, font)
+    draw.text((left + 36, bottom - 18), f"{x_name} {x0}", GREY, font)
+    draw.text((right - 60, bottom - 18), f"{x_name} {x1}", GREY, font)
 
 
 def picture(out, path, columns=9, size=84):

@@ -67,7 +67,7 @@ def line_chart(draw, box, title, curves, x_name="step"):
                           bottom - 22 - (bottom - top - 62) * (y - y0) / (y1 - y0))
     draw.text((left, top), title, "black", font)
     for i, (name, (colour, curve)) in enumerate(curves.items()):
-        draw.text((left + 36 + 170 * i, top + 18), name, colour, font)
+        draw.text((left + 36 + (right - left - 36) / len(curves) * i, top + 18), name, colour, font)
         draw.line([place(*p) for p in curve], colour, 3)
         for p in curve:
             x, y = place(*p)

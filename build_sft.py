@@ -155,8 +155,8 @@ def choose_trace(traces, gold):
 
 def make_edits(pipe, args, rows, pictures):
     """One edit of each row, saved where row["edit"] says; no row gains anything else."""
-    generators = [torch.Generator().manual_seed(seed_of(args.seed, "edit", row["id"]))
-                  for row in rows]
+    generators = [torch.Generator().manual_seed(seed_of(
+        args.seed, "edit", f"{row['id'].rsplit('/', 2)[0]}/{row['seed']}")) for row in rows]
     edits = run_pipeline(pipe, [source for source, in pictures],
                          [row["instruction"] for row in rows], generators, args)
     for row, edit in zip(rows, edits):
@@ -172,8 +172,8 @@ def write_traces(pool, args, rows, pictures):
     rounds = [(vlm, temperature, k) for vlm in pool for temperature in args.temperatures
               for k in range(args.samples if temperature else 1)]
     for vlm, temperature, k in rounds:
-        seed = seed_of(args.seed, "trace", rows[0]["id"], vlm, temperature, k)
-        replies = pool[vlm](chats, args.max_new, temperature, seed)
+        seeds = [seed_of(args.seed, "trace", row["id"], vlm, temperature, k) for row in rows]
+        replies = pool[vlm](chats, args.max_new, temperature, seeds)
         for row, gain, text in zip(rows, gains, replies):
             if not isinstance(text, str):
                 gain["error"] = repr(text)
@@ -190,7 +190,7 @@ def choose_traces(ask, args, rows, pictures):
     chats = [inspector_chat(*pair, row["instruction"], row["principles"], row["traces"])
              for row, pair in zip(rows, pictures)]
     gains = []
-    for row, reply in zip(rows, ask(chats, args.max_new, 0, 0)):
+    for row, reply in zip(rows, ask(chats, args.max_new, 0, None)):
         gold = parse_gold(str(reply), len(row["principles"]))
         gains.append(dict(error=f"unreadable reply of the inspector: {reply!r}"))
         if gold:
@@ -223,6 +223,10 @@ def main():
         jobs += [None] * (-len(jobs) % (args.batch * world))    # a rank will judge its own edits
         edits += grow(candidates, written[candidates], jobs, ["source"],
                       partial(make_edits, pipe, args), args.batch, max_pixels=2 ** 24)
+    place = {str(row["id"]): i for i, row in enumerate(rows)}       # rows first, then editors
+    if world == 1 and args.editors:
+        edits = sorted(filter(None, edits), key=lambda row: place[row["id"].rsplit("/", 2)[0]])
+        candidates.write_text("".join(json.dumps(row) + "\n" for row in edits))
 
     # ---- b: traces
     if args.pool:
@@ -356,27 +360,42 @@ class Encoder:
         return place_pictures(self.images, self.tokenizer, images, text)
 
 
+def sample_by_inverse_cdf(log_probs, uniforms):
+    """One token per row, the first whose cumulative probability exceeds the row's own number."""
+    cdf = log_probs.exp().cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+
+
 @torch.no_grad()
-def ask_model(model, encode, chats, max_new, temperature, seed):
-    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+def ask_model(model, encode, chats, max_new, temperature, seeds):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by a seed per chat."""
     inputs = encode(chats).to(model.device)
-    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    start = inputs["input_ids"].shape[1]
+    numbers = [np.random.default_rng(seed).random(max_new) for seed in seeds or ()]
+
+    def sample(input_ids, logits):
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        uniforms = [row[input_ids.shape[1] - start] for row in numbers]
+        uniforms = torch.tensor(uniforms, dtype=torch.float32, device=logits.device)
+        token = sample_by_inverse_cdf(log_probs, uniforms.clamp(max=1 - 1e-7))
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0)
+
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        max_new_tokens=max_new, do_sample=False, repetition_penalty=1.0,
         suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
-    torch.manual_seed(seed)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
-    tokens = tokens[:, inputs["input_ids"].shape[1]:]
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False,
+                                logits_processor=[sample] if temperature else [])
+    tokens = tokens[:, start:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def ask_server(url, chats, max_new, temperature, seed):
+def ask_server(url, chats, max_new, temperature, seeds):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
     client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
-    def reply(chat, wait=1):
+    def reply(chat, seed, wait=1):
         content = [*chat[0]["content"]]
         for i, part in enumerate(content):
             if "image" in part:
@@ -391,9 +410,9 @@ def ask_server(url, chats, max_new, temperature, seed):
             if wait > 4:
                 return error
         time.sleep(wait)
-        return reply(chat, 2 * wait)
+        return reply(chat, seed, 2 * wait)
 
-    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    replies = [*ThreadPoolExecutor(16).map(reply, chats, seeds or [0] * len(chats))]
     if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies

@@ -231,8 +231,9 @@ def score_pairs(ask, args, rows, pictures):
     chats = [verdict_chat(source, edit, row["instruction"], row["principles"])
              for row, (source, *edits) in zip(rows, pictures) for edit in edits]
     heat, gains = args.temperature or float(args.samples > 1), [{} for _ in rows]
-    replies = [ask(chats, args.max_new, heat, seed_of(args.seed, "reward", rows[0]["id"], k))
-               for k in range(args.samples)]
+    replies = [ask(chats, args.max_new, heat, [
+        seed_of(args.seed, "reward", row["id"], side, k) for row in rows
+        for side in ("chosen", "rejected")]) for k in range(args.samples)]
     for i, texts in enumerate(zip(*replies)):                          # the k replies to chat i
         row, side = rows[i // 2], ("chosen", "rejected")[i % 2]
         verdicts = [parse_verdict(str(text), len(row["principles"])) for text in texts]
@@ -247,7 +248,7 @@ def score_pairs(ask, args, rows, pictures):
 def mark_edits(ask, args, rows, pictures):
     """Two greedy replies on every edit, with two marks each."""
     chats = [judge_chats(*pair, row["instruction"]) for row, pair in zip(rows, pictures)]
-    replies, gains = ask(sum(chats, []), args.max_new, 0, args.seed), []
+    replies, gains = ask(sum(chats, []), args.max_new, 0, None), []
     names = ("success", "restraint"), ("naturalness", "cleanliness")
     for texts in zip(replies[::2], replies[1::2]):
         sc, pq = (parse_marks(str(text), pair) for text, pair in zip(texts, names))
@@ -507,27 +508,42 @@ class Encoder:
         return place_pictures(self.images, self.tokenizer, images, text)
 
 
+def sample_by_inverse_cdf(log_probs, uniforms):
+    """One token per row, the first whose cumulative probability exceeds the row's own number."""
+    cdf = log_probs.exp().cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+
+
 @torch.no_grad()
-def ask_model(model, encode, chats, max_new, temperature, seed):
-    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+def ask_model(model, encode, chats, max_new, temperature, seeds):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by a seed per chat."""
     inputs = encode(chats).to(model.device)
-    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    start = inputs["input_ids"].shape[1]
+    numbers = [np.random.default_rng(seed).random(max_new) for seed in seeds or ()]
+
+    def sample(input_ids, logits):
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        uniforms = [row[input_ids.shape[1] - start] for row in numbers]
+        uniforms = torch.tensor(uniforms, dtype=torch.float32, device=logits.device)
+        token = sample_by_inverse_cdf(log_probs, uniforms.clamp(max=1 - 1e-7))
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0)
+
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        max_new_tokens=max_new, do_sample=False, repetition_penalty=1.0,
         suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
-    torch.manual_seed(seed)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
-    tokens = tokens[:, inputs["input_ids"].shape[1]:]
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False,
+                                logits_processor=[sample] if temperature else [])
+    tokens = tokens[:, start:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def ask_server(url, chats, max_new, temperature, seed):
+def ask_server(url, chats, max_new, temperature, seeds):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
     client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
-    def reply(chat, wait=1):
+    def reply(chat, seed, wait=1):
         content = [*chat[0]["content"]]
         for i, part in enumerate(content):
             if "image" in part:
@@ -542,9 +558,9 @@ def ask_server(url, chats, max_new, temperature, seed):
             if wait > 4:
                 return error
         time.sleep(wait)
-        return reply(chat, 2 * wait)
+        return reply(chat, seed, 2 * wait)
 
-    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    replies = [*ThreadPoolExecutor(16).map(reply, chats, seeds or [0] * len(chats))]
     if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies

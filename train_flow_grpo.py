@@ -179,12 +179,14 @@ SAMPLERS = dict(sde=sde_step, cps=cps_step)
 
 def group_advantages(rewards, eps=1e-4):
     """A = (τ - mean τ) / (std τ + eps) in each row of (P, G); NaN takes no part; NaN, equal: 0."""
-    read = ~rewards.isnan()
-    n = read.sum(1, keepdim=True).clamp(min=1)
-    lowest = rewards.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # equal become exact zeros
-    rewards = torch.where(read, rewards - lowest, 0)
-    centred = torch.where(read, rewards - rewards.sum(1, keepdim=True) / n, 0)
-    return centred / ((centred.square().sum(1, keepdim=True) / n).sqrt() + eps)
+    parsed = ~rewards.isnan()
+    num_parsed = parsed.sum(1, keepdim=True).clamp(min=1)
+    mean = rewards.nansum(1, keepdim=True) / num_parsed
+    centred = torch.where(parsed, rewards - mean, 0)
+    std = (centred.square().sum(1, keepdim=True) / num_parsed).sqrt()
+    highest = rewards.nan_to_num(nan=-math.inf).amax(1, keepdim=True)
+    lowest = rewards.nan_to_num(nan=math.inf).amin(1, keepdim=True)
+    return torch.where(parsed & (highest > lowest), centred / (std + eps), 0)
 
 
 def clipped_surrogate(logp, old_logp, advantage, clip_eps):
@@ -368,7 +370,7 @@ def score_edits(ask, prompts, edits, args):
              for prompt, edit in zip(asked, edits)]
     size = 4 * args.micro                               # without gradients more fit in at once
     replies = [reply for i in range(0, len(chats), size)
-               for reply in ask(chats[i:i + size], args.max_new, 0, 0)]
+               for reply in ask(chats[i:i + size], args.max_new, 0, None)]
     verdicts = [isinstance(reply, str) and parse_verdict(reply, len(prompt["principles"]))
                 for reply, prompt in zip(replies, asked)]
     tau = torch.tensor([verdict[2] if verdict else math.nan for verdict in verdicts])
@@ -434,7 +436,9 @@ def main():
     rank, world, device = setup()
     rows = read_rows(args.prompts, ("source", "instruction", "principles"),
                      "Run decompose.py first (README, stage 1).")
-    train, held = rows[:-args.held_out], rows[-args.held_out:]
+    held = rows[len(rows) - args.held_out:]
+    known = {row["source"] for row in held}
+    train = [row for row in rows if row["source"] not in known]
     if args.prompts_per_step % (world * args.updates) or args.prompts_per_step > len(train):
         raise SystemExit(f"--prompts_per_step must be a multiple of ranks x updates = "
                          f"{world * args.updates}, and at most the {len(train)} training prompts.")
@@ -465,7 +469,8 @@ def main():
         # ---- rollout: G edits of each of this rank's prompts, and their rewards
         numbers = batch_rows(len(train), args.prompts_per_step, args.seed, step)[rank::world]
         prompts = read_prompts(pipe, [train[i] for i in numbers], args, device)
-        start = seed_of("window", args.seed, step) % (args.num_steps // 2 - args.sde_window + 1)
+        draw = np.random.default_rng(seed_of("window", args.seed, step))
+        start = int(draw.integers(args.num_steps // 2 - args.sde_window + 1))
         window = range(start, start + args.sde_window)              # one for all edits of the step
         edits, steps = rollout_edits(pipe, prompts, args.group_size, step, args, window)
         rewards = score_edits(ask, prompts, edits, args)            # (P, G)
@@ -589,27 +594,42 @@ class Encoder:
         return place_pictures(self.images, self.tokenizer, images, text)
 
 
+def sample_by_inverse_cdf(log_probs, uniforms):
+    """One token per row, the first whose cumulative probability exceeds the row's own number."""
+    cdf = log_probs.exp().cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+
+
 @torch.no_grad()
-def ask_model(model, encode, chats, max_new, temperature, seed):
-    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+def ask_model(model, encode, chats, max_new, temperature, seeds):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by a seed per chat."""
     inputs = encode(chats).to(model.device)
-    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    start = inputs["input_ids"].shape[1]
+    numbers = [np.random.default_rng(seed).random(max_new) for seed in seeds or ()]
+
+    def sample(input_ids, logits):
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        uniforms = [row[input_ids.shape[1] - start] for row in numbers]
+        uniforms = torch.tensor(uniforms, dtype=torch.float32, device=logits.device)
+        token = sample_by_inverse_cdf(log_probs, uniforms.clamp(max=1 - 1e-7))
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0)
+
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        max_new_tokens=max_new, do_sample=False, repetition_penalty=1.0,
         suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
-    torch.manual_seed(seed)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
-    tokens = tokens[:, inputs["input_ids"].shape[1]:]
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False,
+                                logits_processor=[sample] if temperature else [])
+    tokens = tokens[:, start:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def ask_server(url, chats, max_new, temperature, seed):
+def ask_server(url, chats, max_new, temperature, seeds):
     """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
     url, _, name = url.partition("#")                     # URL#NAME where it serves several models
     client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
 
-    def reply(chat, wait=1):
+    def reply(chat, seed, wait=1):
         content = [*chat[0]["content"]]
         for i, part in enumerate(content):
             if "image" in part:
@@ -624,9 +644,9 @@ def ask_server(url, chats, max_new, temperature, seed):
             if wait > 4:
                 return error
         time.sleep(wait)
-        return reply(chat, 2 * wait)
+        return reply(chat, seed, 2 * wait)
 
-    replies = [*ThreadPoolExecutor(16).map(reply, chats)]
+    replies = [*ThreadPoolExecutor(16).map(reply, chats, seeds or [0] * len(chats))]
     if all("Connect" in type(reply).__name__ for reply in replies):
         raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
     return replies

@@ -277,7 +277,9 @@ def main():
     rank, world, device = setup()
     pairs = read_rows(args.pairs, ("source", "instruction", "principles", "chosen", "rejected"),
                       "It holds people's preferences between two edits (README, stage 4).")
-    train, held = pairs[:-args.held_out], pairs[-args.held_out:]
+    held = pairs[len(pairs) - args.held_out:]
+    known = {pair["source"] for pair in held}
+    train = [pair for pair in pairs if pair["source"] not in known]
     if len(train) < args.pairs_per_step or min(len(held), args.pairs_per_step) < world:
         raise SystemExit(f"{args.pairs}: {len(pairs)} pairs are too few for --pairs_per_step and "
                          f"--held_out on {world} rank(s).")
@@ -321,16 +323,18 @@ def main():
             for some in passes:
                 edits = some or [0]                        # an empty pass computes, and counts zero
                 rows = torch.tensor([e * n + k for e in edits for k in range(n)], device=device)
+                cut = int(keep[rows].sum(1).max())              # this pass's own longest verdict
+                mask = keep[rows, :cut]
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    logp = model.logps(encode, [chats[e] for e in edits], tokens[rows], keep[rows])
+                    logp = model.logps(encode, [chats[e] for e in edits], tokens[rows, :cut], mask)
                 if some and update == 0:
-                    old_logp[rows] = logp.detach()
-                    gaps.append((old_logp - sampled_logp)[rows][keep[rows]].abs().cpu())
-                loss = clipped_loss(logp, old_logp[rows], advantage[rows], keep[rows],
-                                    args.clip_eps)
+                    old_logp[rows, :cut] = logp.detach()
+                    gaps.append((old_logp - sampled_logp)[rows, :cut][mask].abs().cpu())
+                old = old_logp[rows, :cut]
+                loss = clipped_loss(logp, old, advantage[rows], mask, args.clip_eps)
                 (loss * len(some) / groups * world).backward()    # FSDP2: the mean over the ranks
                 if some:
-                    ratio = (logp.detach() - old_logp[rows])[keep[rows]].exp()
+                    ratio = (logp.detach() - old)[mask].exp()
                     outside.append(((ratio - 1).abs() > args.clip_eps).float().cpu())
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
             norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -435,8 +439,13 @@ class Encoder:
 
 def uniforms(keys, length):
     """A row of numbers in [0, 1) per key: the same whatever the batch, the ranks or a restart."""
-    rows = [np.random.default_rng([*repr(key).encode()]).random(length) for key in keys]
+    rows = [np.random.default_rng(seed_of(*key)).random(length) for key in keys]
     return torch.tensor(np.stack(rows), dtype=torch.float32).clamp(max=1 - 1e-7)
+
+
+def seed_of(*key):
+    """A seed of its own for every key, such as (seed, stage, row id, k)."""
+    return int(np.random.SeedSequence([*repr(key).encode()]).generate_state(1)[0])
 
 
 def batch_rows(n, size, seed, step):

@@ -158,7 +158,7 @@ def look_at_verdicts(model, encode, held, step, rank, world, args):
     for some in [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]:
         chats = [row_chat(args, row) for row in some]
         loss = verdict_loss(model, encode, chats, [row["text"] for row in some]).item() / len(some)
-        replies = ask_model(model, encode, chats, args.max_new, 0, 0)
+        replies = ask_model(model, encode, chats, args.max_new, 0, None)
         found += [row | dict(reply=reply, loss=loss) for row, reply in zip(some, replies)]
     found = gather_rows(found)
     if rank == 0:
@@ -314,18 +314,33 @@ class Encoder:
         return place_pictures(self.images, self.tokenizer, images, text)
 
 
+def sample_by_inverse_cdf(log_probs, uniforms):
+    """One token per row, the first whose cumulative probability exceeds the row's own number."""
+    cdf = log_probs.exp().cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+
+
 @torch.no_grad()
-def ask_model(model, encode, chats, max_new, temperature, seed):
-    """One reply per chat by `generate`: greedy at temperature 0, else drawn by the batch's seed."""
+def ask_model(model, encode, chats, max_new, temperature, seeds):
+    """One reply per chat by `generate`: greedy at temperature 0, else drawn by a seed per chat."""
     inputs = encode(chats).to(model.device)
-    draw = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    start = inputs["input_ids"].shape[1]
+    numbers = [np.random.default_rng(seed).random(max_new) for seed in seeds or ()]
+
+    def sample(input_ids, logits):
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        uniforms = [row[input_ids.shape[1] - start] for row in numbers]
+        uniforms = torch.tensor(uniforms, dtype=torch.float32, device=logits.device)
+        token = sample_by_inverse_cdf(log_probs, uniforms.clamp(max=1 - 1e-7))
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0)
+
     how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, do_sample=temperature > 0, **draw, repetition_penalty=1.0,
+        max_new_tokens=max_new, do_sample=False, repetition_penalty=1.0,
         suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
-    torch.manual_seed(seed)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False)
-    tokens = tokens[:, inputs["input_ids"].shape[1]:]
+        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False,
+                                logits_processor=[sample] if temperature else [])
+    tokens = tokens[:, start:]
     return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 

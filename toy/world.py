@@ -292,7 +292,8 @@ def write_edits(out):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         pictures = render([scene for scene, _, _ in edits])
         for i, (scene, instruction, _) in enumerate(edits):
-            source = f"images/{i:04d}.png"
+            # named by its scene, so that edits of the same scene share their source file
+            source = f"images/{'_'.join('x' if code < 0 else str(code) for code in scene)}.png"
             to_pil(pictures[i]).save(folder / source)
             task = apply_instruction(scene, instruction)[0]
             rows.append(dict(

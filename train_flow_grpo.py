@@ -1,730 +1,1325 @@
-"""Stage 5 of 6: Flow-GRPO for an image editor, taught by the reasoning reward model (RRM) alone.
+"""Stage 5 of 6: train an image editor by reinforcement learning, with the reward model of stage 4.
 
-An editor follows dx = v dσ from noise (σ = 1) to a picture (σ = 0). A policy gradient needs chance,
-so in a few early steps the ODE gives way to an SDE, whose step is a Gaussian and so has a
-probability (Flow-GRPO, arXiv 2505.05470; from σ to σ', dt = σ' - σ < 0, a = --noise_level):
+This is Flow-GRPO (arXiv 2505.05470) with the reward of Edit-R1 (arXiv 2604.27505). The editor turns
+noise x (sigma = 1) into the latents of an image (sigma = 0). At each step its transformer predicts
+the velocity v = dx / d sigma. A policy gradient needs a random policy, so a few early steps of this
+ODE become steps of an SDE: each draws from a Gaussian, whose log-probability we can compute.
 
-    s      = a √(σ / (1 - σ))    mean = x + v dt + s²/(2σ) (x + (1 - σ) v) dt    std = s √-dt
-    A_i    = (τ_i - mean τ) / (std τ + 1e-4)    τ_i: the RRM's score of edit i = 1..G of one prompt
-    r_i,t  = π(x' | x) / π_old(x' | x)          log π: mean over the latent's dimensions, as theirs
-    KL_i,t = (mean - mean_base)² / (2 std²)     exact for one std, again a mean; base = the LoRA off
-    loss   = mean over i, t of  max(-A_i r_i,t, -A_i clip(r_i,t, 1 - ε, 1 + ε)) + β KL_i,t
+    state      (x, sigma, prompt): noisy latents, noise level, source image and instruction
+    action     x', the latents at the next noise level sigma'
+    policy     N(mean, std^2); the mean comes from the transformer, whose LoRA is trained
+    reward     tau from 0 to 10: the score that the model of train_gcpo.py gives the finished edit
+    group      the G edits of one prompt, which are compared with each other
+    reference  the editor with its LoRA switched off; a KL term keeps the policy near it
 
-    principles.jsonl {id, source, instruction, principles}
-      -> P prompts -> G edits of each: W steps of the SDE, the others of the ODE
-      -> one greedy verdict an edit -> A -> updates of the LoRA
-      -> out/lora (for pipe.load_lora_weights), metrics.jsonl, samples/step_* (held-out prompts)
+One training step of one rank, with P prompts, W SDE steps, S latent tokens of C channels:
 
-Shapes: P prompts a step, G edits of a prompt, B of them a batch, S latent tokens of C numbers.
+    P prompts                             encode_prompts   image_latents (1, S, C), prompt_embeds
+      -> P G images and transitions       rollout_edits    x and x' (B, S, C), B edits at a time
+      -> rewards (P, G)                   score_edits      NaN if a verdict cannot be parsed
+      -> advantages (P, G)                group_advantages
+      -> a loss per edit and SDE step     transition_loss  (B,)
+      -> --num_minibatches optimizer steps, each on its own part of the prompts: update_lora
+
+With dt = sigma' - sigma < 0, a = --noise_level, eps = --clip_eps and D = S C latent dimensions:
+
+    s      = a sqrt(sigma / (1 - sigma))                                       sde_step
+    mean   = x + v dt + s^2 / (2 sigma) (x + (1 - sigma) v) dt                 sde_step
+    std    = s sqrt(-dt)                                                       sde_step
+    log pi = mean over the D dimensions of log N(x'; mean, std^2)              sde_step
+    A      = (tau - mean tau) / (std tau + 1e-4), within a group               group_advantages
+    r      = exp(log pi - log pi_old), the D-th root of the likelihood ratio   transition_loss
+    L      = max(-A r, -A clip(r, 1 - eps, 1 + eps))                           clipped_surrogate
+    KL     = mean over the D dimensions of (mean - mean_ref)^2 / (2 std^2)     transition_loss
+    loss   = mean of L + beta KL over all SDE steps of all edits with A != 0   update_lora
+
+A worked number: four edits score 8, 6, 4 and NaN. The mean is 6 and the standard deviation 1.63, so
+A = 1.22, 0, -1.22 and 0. A step from sigma = 0.9 to 0.8 with a = 0.7 has s = 2.1 and std = 0.66. If
+an update moves the mean by 0.01 std in every dimension, r is about exp(-0.01^2 / 2) = 0.99995.
 
     python train_flow_grpo.py --toy --prompts principles.jsonl \
-        --editor toy/models/editor --reward rl/model --out flow
+        --editor toy/models/editor --reward gcpo/model --out flow
     torchrun --nproc-per-node=8 train_flow_grpo.py --prompts principles.jsonl \
         --editor black-forest-labs/FLUX.1-Kontext-dev --reward http://host:8000/v1 --out flow
 
-Against the paper: it prints G = 24 and β = 0.04, no more. P, lr, ε, the LoRA, the schedule and two
-updates a step are Flow-GRPO's Kontext recipe. (1) The released KL lacks |dt|, which makes it 7 to
-10 times weaker on this schedule; ours is exact, so 0.004 stands for their 0.04. (2) Noise only in W
-steps of the first half, drawn anew for every training step and shared by all edits, so that none of
-a group is noisier. (3) fp32 latents and log-probs. (4) Unreadable verdicts are left out of their
-group; edits with A = 0 are skipped; A is not clipped. (5) No EMA, constant lr. (6) Qwen-Image-Edit,
-with true guidance in rollout and update; any aspect ratio, about size² pixels. As in the public
-code, the log-ratio is a mean over some 65,000 dimensions and biased by minus half its variance, so
-that ε clips mostly A < 0; and the SDE has the ODE's marginals only for dt -> 0: a step leaves some
-percent too much noise (CPS none).
+A line of principles.jsonl. Principles are questions that the reward model answers before it scores:
+    {"id": "7", "source": "7.png", "instruction": "remove the dog", "principles":
+     [{"category": "follow", "question": "Is the dog gone?"}]}
+--out gets lora/ (pipe.load_lora_weights loads it), checkpoint.pt (for --resume), config.json,
+metrics.jsonl and samples/ (evaluation edits). Every rank holds the whole editor and its share of
+the prompts; the gradients of the LoRA are summed over the ranks.
 
-What to change for ... another editor: its words in a function beside `kontext_words`, its VAE in
-`read_prompts` and `decode`. Another reward: `score_edits`. Pref-GRPO's win rates, or a std over the
-whole step: `group_advantages`.
+The early steps decide what the edit becomes, and noise that is added late stays visible as grain.
+So the W SDE steps lie in the first half; their start is drawn anew in every training step.
+Training takes six denoising steps where inference takes 28: that is enough to compare edits.
+
+Differences from the paper, which reports only G = 24 and beta = 0.04:
+    1. All other defaults are those of Flow-GRPO for Kontext, but there is no EMA of the weights.
+    2. The public code's KL is (mean - mean_ref)^2 / (2 s^2) = |dt| KL, with |dt| = 0.10 to 0.14.
+       We take its beta = 0.04 to be the paper's; for our exact KL this is beta = 0.004.
+    3. All edits of a training step share one window of SDE steps, so none is noisier than others.
+    4. A verdict that cannot be parsed is left out of its group. Edits with A = 0 have no gradient
+       of L: to save their passes they are left out, also of the mean. A is not clipped.
+    5. As in the public code, log pi is a mean over D (65,536 at 512 x 512), so r is very near 1,
+       and eps is 1e-4 where PPO takes 0.2. With d = (mean - mean_old) / std and the drawn noise z,
+       log r = mean(d z) - mean(d^2) / 2. The first part averages out. So r is mostly below 1, where
+       the clip acts only on edits with A < 0.
+
+Metrics             the toy's    what is healthy
+reward              5.5 -> 7.3   rises; so does eval_reward (5.6 -> 7.6; without SDE, fixed noise)
+reward_std          3.6 -> 2.8   within groups; falls slowly
+frac_reward_zero_std   0 - .06   groups without a gradient; stays low
+parse_rate               > .97   verdicts that can be parsed
+kl                   0 -> .002   distance from the base editor; grows slowly
+max_ratio_deviation          0   |r - 1| before the first update; near eps it would be a bug
+clip_fraction            < .02   share of r outside 1 +- eps
+grad_norm          .003 - .011   of the last mini-batch, before clipping to 1
+
+What to change for ...
+    another sampler (Flow-CPS)       the mean and the std in `sde_step`
+    another editor (FLUX.2 klein)    a class like `KontextEditor`, its pipeline in EDITORS, and its
+                                     schedule (mu) in `get_sigmas`
+    another reward                   `score_edits`
+    another advantage                `group_advantages`
+    other layers for the LoRA        `lora_layers` of the editor's class
 """
-import argparse, base64, io, json, math, os, re, shutil, sys, time
+import argparse
+import base64
+import importlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import transformers
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, get_session
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from PIL import Image, ImageOps
 from torch import nn
-from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.tensor import DTensor
 
-TOY = dict(held_out=48, prompts_per_step=16, group_size=12, size=32, max_new=128, steps=50,
-           updates=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16, micro=48, every=10)
+TOY = dict(num_eval=48, prompts_per_step=16, group_size=12, resolution=32, max_new_tokens=128,
+           steps=50, num_minibatches=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16,
+           micro_batch_size=48, eval_every=10)      # D is 128, so r varies more: larger eps, beta
+REWARD_BATCH_SIZE = 48              # verdicts per generation batch of a rank
+LORA_SCALE = 2                      # alpha / rank
 
 
 def parse_args():
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--toy", action="store_true", help=f"small enough for a CPU: {TOY}")
-    # the files
-    flags.add_argument("--prompts", required=True, help="principles.jsonl of decompose.py")
-    flags.add_argument("--editor", required=True, help="FLUX.1-Kontext, Qwen-Image-Edit (-Plus)")
-    flags.add_argument("--reward", required=True, help="the RRM: folder, hub id or URL")
-    flags.add_argument("--out", required=True, help="folder for lora/, metrics.jsonl, samples/")
-    flags.add_argument("--held_out", type=int, default=8, help="last prompts, only looked at")
-    # the edits
-    flags.add_argument("--prompts_per_step", type=int, default=48, help="P, over all GPUs")
-    flags.add_argument("--group_size", type=int, default=24, help="G, edits a prompt (the paper's)")
-    flags.add_argument("--num_steps", type=int, default=6, help="denoising steps; inference has 28")
-    flags.add_argument("--size", type=int, default=512, help="of the square of a picture's area")
-    flags.add_argument("--guidance", type=float, default=0, help="0: 2.5 for Kontext, 4 for Qwen")
-    flags.add_argument("--sampler", default="sde", choices=("sde", "cps"), help="Flow-GRPO, -CPS")
-    flags.add_argument("--noise_level", type=float, default=0.7, help="a; 0.8 for cps")
-    flags.add_argument("--sde_window", type=int, default=2, help="W, noisy steps in the first half")
-    flags.add_argument("--max_new", type=int, default=1024, help="longest verdict in tokens")
-    # the updates
-    flags.add_argument("--steps", type=int, default=300, help="training steps")
-    flags.add_argument("--updates", type=int, default=2, help="a step, each on a share of prompts")
-    flags.add_argument("--lr", type=float, default=3e-4, help="AdamW, constant")
-    flags.add_argument("--clip_eps", type=float, default=1e-4, help="ε, on the ratio per dimension")
-    flags.add_argument("--beta", type=float, default=0.004, help="β of the KL to the base editor")
-    flags.add_argument("--lora_rank", type=int, default=64, help="r; alpha is 2 r")
-    # the run
-    flags.add_argument("--micro", type=int, default=12, help="edits of a prompt at once, per GPU")
-    flags.add_argument("--every", type=int, default=20, help="steps between looks, and states")
-    flags.add_argument("--seed", type=int, default=0, help="of everything random")
-    flags.add_argument("--resume", action="store_true", help="go on from the last state in --out")
-    if "--toy" in sys.argv:
-        flags.set_defaults(**TOY)
-    return flags.parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help=f"Use defaults for a CPU: {TOY}.")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--prompts", required=True, help="The principles.jsonl of decompose.py.")
+    data.add_argument("--editor", required=True, help="FLUX.1-Kontext or Qwen-Image-Edit (-Plus).")
+    data.add_argument("--reward", required=True,
+                      help="The reward model: a folder or hub id, which every rank loads, or "
+                           "http://host:port/v1 of a server that serves only this model.")
+    data.add_argument("--out", required=True, help="The folder for all outputs.")
+    data.add_argument("--num_eval", type=int, default=8,
+                      help="Evaluate on the last prompts, and do not train on their sources.")
+
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument("--prompts_per_step", type=int, default=48, help="Summed over all ranks.")
+    rollout.add_argument("--group_size", type=int, default=24, help="G, the edits per prompt.")
+    rollout.add_argument("--num_inference_steps", type=int, default=6, help="Denoising steps.")
+    rollout.add_argument("--resolution", type=int, default=512,
+                         help="Images have about resolution^2 pixels, in their own aspect ratio.")
+    rollout.add_argument("--guidance_scale", type=float,
+                         help="The default is 2.5 for Kontext and 4 for Qwen-Image-Edit.")
+    rollout.add_argument("--noise_level", type=float, default=0.7, help="a, the noise of the SDE.")
+    rollout.add_argument("--sde_window_size", type=int, default=2, help="W, the SDE steps.")
+    rollout.add_argument("--max_new_tokens", type=int, default=1024,
+                         help="The maximum number of tokens of a verdict.")
+
+    update = parser.add_argument_group("update")
+    update.add_argument("--steps", type=int, default=300, help="Training steps.")
+    update.add_argument("--num_minibatches", type=int, default=2,
+                        help="Optimizer steps per training step, each on different prompts.")
+    update.add_argument("--lr", type=float, default=3e-4, help="The constant learning rate.")
+    update.add_argument("--clip_eps", type=float, default=1e-4, help="The eps of PPO's clip.")
+    update.add_argument("--beta", type=float, default=0.004,
+                        help="The weight of the KL term. At 0 the KL is not computed.")
+    update.add_argument("--lora_rank", type=int, default=64, help="LoRA's r; its alpha is 2 r.")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--micro_batch_size", type=int, default=12,
+                     help="Edits of one prompt per pass of the transformer.")
+    run.add_argument("--eval_every", type=int, default=20,
+                     help="The training steps between evaluations, which also save a checkpoint.")
+    run.add_argument("--seed", type=int, default=0, help="The seed of all random numbers.")
+    run.add_argument("--resume", action="store_true", help="Continue the run in --out.")
+
+    args = parser.parse_args()
+    if args.toy:                    # The toy's values become defaults; explicit flags still win.
+        parser.set_defaults(**TOY)
+        args = parser.parse_args()
+    return args
 
 
-# ---------------------------------------------------------------- the verdict
+# ------------------------------------------------------------ the verdict
 
 VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first one. Say first what you
-see, then answer the questions, if any, one by one, 1 for yes, 0 for no or when in doubt. A change
-of degree must be plain to see, a removal complete, a move large. Left and right of a person are the
-person's own. Where a question contradicts the instruction, the instruction wins. What it leaves
-alone must stay: a thing changed, lost or invented costs more than a half-done edit. The score from
-0 to 10, decimals welcome, is your own judgement and no mean of the answers: 0 is useless or
-unedited, 5 half usable, 8 nearly perfect. End with exactly these lines, the last one alone if there
-are no questions:
+Judge how well the second image carries out the instruction on the first image. First describe what
+you see. Then answer each question, if there are any, with 1 for yes, or with 0 for no or if you are
+not sure. A change of degree must be clearly visible, a removal must be complete, and a move must be
+large. "Left" and "right" of a person mean that person's own left and right. If a question
+contradicts the instruction, follow the instruction. Everything that the instruction does not
+mention must stay the same: it is worse to change, lose or invent something than to complete only
+half of the edit. The score is your own judgement from 0 to 10, not the average of the answers, and
+it may have decimals: 0 means useless or unedited, 5 half usable, 8 nearly perfect. End with exactly
+these lines, or with the last one alone if there are no questions:
 [{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
 {"average_score": the share of ones}
 <score>your score</score>"""
 
 
 def verdict_chat(source, edit, instruction, principles):
-    """The reward model's one prompt; without principles it asks for reasoning and a score alone."""
-    questions = "".join(f"- ({p['category']}) {p['question']}\n" for p in principles) or "none\n"
+    """The chat that asks for a verdict. Without principles it asks for reasoning and a score."""
+    questions = ""
+    for principle in principles:
+        questions += f"- ({principle['category']}) {principle['question']}\n"
+    if not principles:
+        questions = "none\n"
+    task = f"\nInstruction: {instruction}\nQuestions:\n{questions}{VERDICT_RULES}"
     return [{"role": "user", "content": [
-        {"type": "text", "text": "Source image: "}, {"type": "image", "image": source},
-        {"type": "text", "text": "\nEdited image: "}, {"type": "image", "image": edit},
-        {"type": "text", "text": f"\nInstruction: {instruction}\nQuestions:\n{questions}"
-                                 f"{VERDICT_RULES}"}]}]
+        {"type": "text", "text": "Source image: "},
+        {"type": "image", "image": source},
+        {"type": "text", "text": "\nEdited image: "},
+        {"type": "image", "image": edit},
+        {"type": "text", "text": task}]}]
+
+
+class Verdict(NamedTuple):
+    verdict: list           # the answers: 0 or 1 for each question
+    average: float          # the share of ones that the model states, from 0 to 1
+    score: float            # the model's own judgement, from 0 to 10 (tau in the paper)
+
+
+# The parts of a verdict, each with an example. These are not parsed as JSON, because a model may
+# write single quotes.
+NUMBER = r"([0-9]+(?:\.[0-9]+)?)"                                           # 7.5
+SCORE = rf"<score>\s*{NUMBER}\s*</score>"                                   # <score>7.5</score>
+AVERAGE = rf"""\{{\s*["']average_score["']\s*:\s*{NUMBER}\s*\}}"""          # {"average_score": 0.8}
+LIST_START = r"""\[\s*\{\s*["']\w+["']\s*:"""                               # [{"question":
+ANSWER = r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]"""                       # "score": 1}
 
 
 def parse_verdict(text, n_questions):
-    """(0/1 per question, average in 0..1, score in 0..10) as last written in `text`, or None.
+    """The verdict at the end of `text`, or None if a part of it is missing or malformed.
 
-    Nothing is guessed. Without questions there is no list, and the average is score / 10.
+    It is read from its end: the score, then the average before it, then the list before that.
+    Nothing is guessed or repaired, apart from Markdown. Without questions a verdict has no list and
+    no average; its average is then score / 10.
     """
-    number, text = r"\s*([0-9]+(?:\.[0-9]+)?)\s*", re.sub(r"```(?:json)?|\*", "", text)
-    average = rf"""\{{\s*["']average_score["']\s*:{number}\}}\s*""" if n_questions else ""
-    *_, match = [None, *re.finditer(rf"{average}<score>{number}</score>", text)]
-    average, score = (float(match[1]), float(match[match.lastindex])) if match else (0, math.inf)
-    if score > 10 or n_questions and average > 1:
+    # A score inside a thought is only a draft.
+    text = text.rpartition("</think>")[2]           # Drop closed thoughts.
+    text = text.partition("<think>")[0]             # Drop a thought that was cut off.
+    text = re.sub(r"```(?:json)?|\*", "", text)     # Drop the Markdown around the JSON.
+    scores = list(re.finditer(SCORE, text))
+    if not scores:
         return None
-    if not n_questions:
-        return [], score / 10, score
-    _, *lists = re.split(r"""\[\s*(?=\{\s*["']\w+["']\s*:)""", text[:match.start()].rstrip())
-    answers = re.findall(r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]""", lists[-1]) if lists else []
-    good = len(answers) == n_questions and {*answers} <= {"0", "1"} and lists[-1].endswith("]")
-    return ([*map(int, answers)], average, score) if good else None
+    last_score = scores[-1]
+    score = float(last_score[1])
+    if score > 10:
+        return None
+    text_after = text[last_score.end():]            # other text may follow, but no broken verdict
+    if "<score" in text_after or "average_score" in text_after:
+        return None
+    if n_questions == 0:
+        return Verdict([], score / 10, score)
+
+    text_before = text[:last_score.start()].rstrip()
+    average_match = re.search(rf"{AVERAGE}$", text_before)
+    if average_match is None or float(average_match[1]) > 1:
+        return None
+    text_before = text_before[:average_match.start()].rstrip()
+    list_starts = [match.start() for match in re.finditer(LIST_START, text_before)]
+    if not list_starts or not text_before.endswith("]"):
+        return None
+    answers = re.findall(ANSWER, text_before[list_starts[-1]:])
+    if len(answers) != n_questions or not set(answers) <= {"0", "1"}:
+        return None
+    return Verdict([int(answer) for answer in answers], float(average_match[1]), score)
 
 
-# ---------------------------------------------------------------- the mathematics
-
-def gaussian_step(mean, std, noise, x_next):
-    """x_next ~ N(mean, std²), or as given; log-prob: the mean over its dimensions, 0 at std 0."""
-    if x_next is None:
-        x_next = mean if noise is None else mean + std * noise
-    density = -((x_next.float() - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
-    return x_next, torch.where(std > 0, density, 0).flatten(1).mean(1), mean, std
-
+# ------------------------------------------------------------ the mathematics
 
 def sde_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=None):
-    """Flow-GRPO's step: the ODE's marginals, with noise. noise_level 0 is the ODE's Euler step.
+    """The Gaussian of one SDE step, and the log-prob of its x_next. Rollout and loss both call it.
 
-    -> x_next, log-prob (B,), mean, std with √-dt in it. At σ = 1, where s = ∞, σ' stands in.
+    The rollout gives the noise with which x_next is drawn; the loss gives that x_next again.
+    x, velocity, noise, x_next (B, S, C) -> x_next (B, S, C), logp (B,), mean (B, S, C), std ().
     """
-    x, velocity = x.float(), velocity.float()
-    sigma, sigma_next = (torch.as_tensor(s, device=x.device).float() for s in (sigma, sigma_next))
-    dt = sigma_next - sigma
-    s = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))).sqrt()
+    x = x.float()                               # In bf16 the ratio would not begin at 1.
+    velocity = velocity.float()
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
+
+    # Another sampler replaces the lines to `std`. The drift that is added to the ODE's x + v dt
+    # makes up for the noise: for small steps, x' has the marginal distribution of the ODE.
+    dt = sigma_next - sigma                                                 # < 0
+    # s would be infinite at sigma = 1. There, sigma_next replaces sigma, as in Flow-GRPO's code.
+    safe_sigma = torch.where(sigma == 1, sigma_next, sigma)
+    s = noise_level * (sigma / (1 - safe_sigma)).sqrt()
     mean = x + velocity * dt + s ** 2 / (2 * sigma) * (x + (1 - sigma) * velocity) * dt
-    return gaussian_step(mean, s * (-dt).sqrt(), noise, x_next)
+    std = s * (-dt).sqrt()
 
-
-def cps_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=None):
-    """Flow-CPS's step (arXiv 2509.05952): new noise for part of the old, so that σ' is exact.
-
-    x0 = x - σ v, x1 = x + (1 - σ) v, std = s = σ' sin(a π/2), mean = (1 - σ') x0 + √(σ'² - s²) x1
-    """
-    x, velocity = x.float(), velocity.float()
-    sigma, sigma_next = (torch.as_tensor(s, device=x.device).float() for s in (sigma, sigma_next))
-    std = sigma_next * math.sin(noise_level * math.pi / 2)
-    x0, x1 = x - sigma * velocity, x + (1 - sigma) * velocity
-    mean = (1 - sigma_next) * x0 + (sigma_next ** 2 - std ** 2).sqrt() * x1
-    return gaussian_step(mean, std, noise, x_next)
-
-
-SAMPLERS = dict(sde=sde_step, cps=cps_step)
+    if x_next is None:
+        x_next = mean if noise is None else mean + std * noise              # no noise: the mean
+    log_density = -((x_next - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
+    log_density = torch.where(std > 0, log_density, 0)      # noise_level 0 is the ODE's step
+    return x_next, log_density.flatten(1).mean(1), mean, std
 
 
 def group_advantages(rewards, eps=1e-4):
-    """A = (τ - mean τ) / (std τ + eps) in each row of (P, G); NaN takes no part; NaN, equal: 0."""
-    parsed = ~rewards.isnan()
-    num_parsed = parsed.sum(1, keepdim=True).clamp(min=1)
-    mean = rewards.nansum(1, keepdim=True) / num_parsed
-    centred = torch.where(parsed, rewards - mean, 0)
-    std = (centred.square().sum(1, keepdim=True) / num_parsed).sqrt()
-    highest = rewards.nan_to_num(nan=-math.inf).amax(1, keepdim=True)
-    lowest = rewards.nan_to_num(nan=math.inf).amin(1, keepdim=True)
-    return torch.where(parsed & (highest > lowest), centred / (std + eps), 0)
+    """A = (tau - mean tau) / (std tau + eps) in each row of rewards (P, G) -> (P, G).
+
+    NaN rewards are left out of the mean and the std. They get A = 0, and so do equal rewards.
+    """
+    advantages = torch.zeros_like(rewards)
+    for p, group in enumerate(rewards):
+        parsed = ~group.isnan()
+        if len(group[parsed].unique()) > 1:     # Rounding could give equal rewards an A above 0.
+            mean = group.nansum() / parsed.sum()
+            centered = torch.where(parsed, group - mean, 0)
+            std = (centered.square().sum() / parsed.sum()).sqrt()
+            advantages[p] = centered / (std + eps)
+    return advantages
 
 
-def clipped_surrogate(logp, old_logp, advantage, clip_eps):
-    """max(-A r, -A clip(r)) and the ratio r of every noisy step: (B,) each."""
-    ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio.detach()
+def clipped_surrogate(ratio, advantage, clip_eps):
+    """PPO's clipped objective, negated, of each edit: (B,), (B,) -> (B,)."""
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return torch.maximum(-advantage * ratio, -advantage * clipped_ratio)
 
 
-# ---------------------------------------------------------------- the editor
+# ------------------------------------------------------------ the editor
+#
+# Everything specific to an editor family is in this section, one class per family. Both classes
+# have the same methods. For another editor, write a third class and enter it in EDITORS.
 
-GUIDANCE = dict(FluxKontextPipeline=2.5, QwenImageEditPipeline=4.0, QwenImageEditPlusPipeline=4.0)
-LORA_LAYERS = r"(single_)?transformer_blocks\.\d+\.(attn|ff\w*|\w+_mlp)\b.*"
+@dataclass
+class Conditioning:
+    """The inputs of the transformer for one prompt, apart from x and sigma."""
+    image_latents: torch.Tensor         # (1, S, C): the source image
+    latent_height: int                  # in tokens; S = latent_height * latent_width
+    latent_width: int
+    prompt_embeds: torch.Tensor         # (1, text tokens, embedding size): the instruction
+    position_kwargs: dict               # the positions of all tokens, as the transformer wants them
+    pooled_prompt_embeds: torch.Tensor | None = None        # (1, size), Kontext only
+    negative_prompt_embeds: torch.Tensor | None = None      # Qwen only, for its CFG
 
 
-def resized(picture, side):
-    """The picture in its own aspect with about side² pixels, both sides multiples of 32."""
-    stretch = side / 32 / math.sqrt(math.prod(picture.size))
-    return picture.resize([32 * max(1, round(stretch * n)) for n in picture.size], Image.LANCZOS)
+ATTENTION_LAYERS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+    "attn.add_v_proj", "attn.to_add_out")
+
+
+class KontextEditor:
+    """FLUX.1-Kontext. It was distilled: its guidance scale is an input of the transformer."""
+    lora_layers = ATTENTION_LAYERS + (
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+
+    def __init__(self, pipe, guidance_scale):
+        self.pipe = pipe
+        self.guidance_scale = 2.5 if guidance_scale is None else guidance_scale
+        self.text_encoder = pipe.text_encoder_2             # T5, the larger one of the two
+
+    def encode(self, image, instruction):
+        """The Conditioning of one prompt."""
+        pipe = self.pipe
+        device = pipe.transformer.device
+        pixels = pipe.image_processor.preprocess(image).to(device, pipe.vae.dtype)
+        latents = pipe._encode_vae_image(pixels, generator=None)            # (1, C / 4, 2h, 2w)
+        height = latents.shape[2] // 2
+        width = latents.shape[3] // 2
+        prompt_embeds, pooled_prompt_embeds, text_ids = pipe.encode_prompt(
+            instruction, None, device=device,
+            max_sequence_length=pipe.tokenizer_2.model_max_length)
+        # A position is (image, y, x). The edit is image 0 and the source is image 1.
+        edit_ids = pipe._prepare_latent_image_ids(1, height, width, device, torch.float32)
+        source_ids = edit_ids + torch.tensor([1, 0, 0], device=device)
+        return Conditioning(
+            image_latents=pipe._pack_latents(latents, *latents.shape).float(),  # 2 x 2 -> a token
+            latent_height=height, latent_width=width,
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            position_kwargs=dict(txt_ids=text_ids, img_ids=torch.cat([edit_ids, source_ids])))
+
+    def predict_velocity(self, x, sigma, cond):
+        """v (B, S, C) at x (B, S, C) and noise level sigma."""
+        batch_size = len(x)
+        return run_transformer(
+            self.pipe.transformer, x, sigma, cond, cond.prompt_embeds,
+            pooled_projections=cond.pooled_prompt_embeds.expand(batch_size, -1),
+            guidance=torch.full((batch_size,), self.guidance_scale, device=x.device))
+
+    def decode(self, x, cond):
+        """Latents x (B, S, C) -> B PIL images."""
+        vae = self.pipe.vae
+        latents = unpack_latents(self.pipe, x, cond)                        # (B, C / 4, 2h, 2w)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+class QwenEditor:
+    """Qwen-Image-Edit and its Plus versions, with classifier-free guidance (CFG)."""
+    lora_layers = ATTENTION_LAYERS + (
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+    def __init__(self, pipe, guidance_scale):
+        self.pipe = pipe
+        self.guidance_scale = 4.0 if guidance_scale is None else guidance_scale
+        self.text_encoder = pipe.text_encoder               # a VLM that also sees the source image
+
+    def encode(self, image, instruction):
+        """The Conditioning of one prompt."""
+        pipe = self.pipe
+        device = pipe.transformer.device
+        pixels = pipe.image_processor.preprocess(image).to(device, pipe.vae.dtype)
+        # Its VAE is made for videos: an image is a video with one frame.
+        latents = pipe._encode_vae_image(pixels[:, :, None], generator=None)[:, :, 0]
+        height = latents.shape[2] // 2
+        width = latents.shape[3] // 2
+        is_plus = "Plus" in type(pipe).__name__
+        vlm_image = resize_to_area(image, 384) if is_plus else image
+        prompt_embeds = pipe.encode_prompt([instruction], [vlm_image], device)[0]
+        negative_prompt_embeds = pipe.encode_prompt([" "], [vlm_image], device)[0]
+        # The shapes (frames, height, width) of the edit and of the source give the positions.
+        shape = (1, height, width)
+        return Conditioning(
+            image_latents=pipe._pack_latents(latents, *latents.shape).float(),  # 2 x 2 -> a token
+            latent_height=height, latent_width=width,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            position_kwargs=dict(img_shapes=[[shape, shape]]))
+
+    def predict_velocity(self, x, sigma, cond):
+        """v (B, S, C) at x (B, S, C): CFG, rescaled to the norm of the conditional velocity."""
+        transformer = self.pipe.transformer
+        v_cond = run_transformer(transformer, x, sigma, cond, cond.prompt_embeds)
+        if self.guidance_scale == 1:
+            return v_cond
+        v_uncond = run_transformer(transformer, x, sigma, cond, cond.negative_prompt_embeds)
+        v = v_uncond + self.guidance_scale * (v_cond - v_uncond)
+        return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
+
+    def decode(self, x, cond):
+        """Latents x (B, S, C) -> B PIL images."""
+        vae = self.pipe.vae
+        latents = unpack_latents(self.pipe, x, cond)                        # (B, C / 4, 1, 2h, 2w)
+        mean = torch.tensor(vae.config.latents_mean, device=x.device).view(-1, 1, 1, 1)
+        std = torch.tensor(vae.config.latents_std, device=x.device).view(-1, 1, 1, 1)
+        latents = latents * std + mean
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0][:, :, 0]
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+EDITORS = {"FluxKontextPipeline": KontextEditor, "QwenImageEditPipeline": QwenEditor,
+           "QwenImageEditPlusPipeline": QwenEditor}
+
+
+def resize_to_area(image, resolution):
+    """Resize to about resolution^2 pixels and the same aspect; both sides are multiples of 32."""
+    scale = resolution / 32 / math.sqrt(image.width * image.height)
+    width = 32 * max(1, round(scale * image.width))
+    height = 32 * max(1, round(scale * image.height))
+    limit = 200 * min(width, height)            # Qwen-VL refuses an aspect ratio above 200
+    return image.resize((min(width, limit), min(height, limit)), Image.LANCZOS)
+
+
+def run_transformer(transformer, x, sigma, cond, prompt_embeds, **kwargs):
+    """The velocity of x (B, S, C). The source image is appended to x as S further tokens."""
+    batch_size, num_tokens, _ = x.shape
+    image_latents = cond.image_latents.expand(batch_size, -1, -1)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        output = transformer(
+            hidden_states=torch.cat([x, image_latents], 1),                 # (B, 2S, C)
+            timestep=sigma.expand(batch_size),
+            encoder_hidden_states=prompt_embeds.expand(batch_size, -1, -1),
+            **cond.position_kwargs, **kwargs, return_dict=False)[0]
+    return output[:, :num_tokens].float()
+
+
+def unpack_latents(pipe, x, cond):
+    """Tokens (B, S, C) -> latents of twice the height and width with a quarter of the channels."""
+    pixels_per_token = 2 * pipe.vae_scale_factor
+    return pipe._unpack_latents(x, pixels_per_token * cond.latent_height,
+                                pixels_per_token * cond.latent_width, pipe.vae_scale_factor)
+
+
+def get_sigmas(scheduler, num_tokens, num_inference_steps):
+    """The noise levels from 1 to 0, num_inference_steps + 1 of them, as in diffusers' pipelines.
+
+    A larger image has a larger mu and spends more steps at high noise. (FLUX.2 computes mu in
+    another way.)
+    """
+    config = scheduler.config
+    fraction = ((num_tokens - config.base_image_seq_len)
+                / (config.max_image_seq_len - config.base_image_seq_len))
+    mu = config.base_shift + fraction * (config.max_shift - config.base_shift)
+    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return scheduler.sigmas
+
+
+# ------------------------------------------------------------ LoRA
+
+def add_lora(model, layer_names, lora_rank):
+    """Freeze the model, and add a LoRA to every layer whose name ends with one of layer_names.
+
+    layer(h) becomes layer(h) + LORA_SCALE * lora_B(lora_A(h)). lora_B is 0 at first. Returns the
+    new parameters, in fp32. While model.lora_enabled is False the model is the base model again.
+    """
+    model.requires_grad_(False)
+    model.lora_enabled = True
+
+    def add_low_rank_term(layer, inputs, output):
+        if not model.lora_enabled:
+            return output
+        return output + LORA_SCALE * layer.lora_B(layer.lora_A(inputs[0]))
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.endswith(layer_names):
+            device = layer.weight.device
+            layer.lora_A = nn.Linear(layer.in_features, lora_rank, bias=False, device=device)
+            layer.lora_B = nn.Linear(lora_rank, layer.out_features, bias=False, device=device)
+            nn.init.zeros_(layer.lora_B.weight)
+            layer.register_forward_hook(add_low_rank_term)
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def save_lora(pipe, folder, lora_rank):
+    """Save the LoRA so that diffusers' pipe.load_lora_weights(folder) loads it."""
+    tensors = {}
+    for name, param in pipe.transformer.named_parameters():
+        if param.requires_grad:
+            tensors[name] = param
+    layers = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in tensors})
+    # Without this metadata diffusers would assume that alpha = r.
+    metadata = dict(r=lora_rank, lora_alpha=LORA_SCALE * lora_rank, target_modules=layers)
+    temporary = folder.with_name("lora.tmp")
+    pipe.save_lora_weights(temporary, tensors, transformer_lora_adapter_metadata=metadata)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+# ------------------------------------------------------------ the phases of a training step
+
+@dataclass
+class Prompt:
+    """One row of principles.jsonl, ready for the editor."""
+    index: int                          # its place among the prompts of this rank and step
+    row: dict
+    image: Image.Image                  # the source image in the size of the edit
+    cond: Conditioning
+
+
+@dataclass
+class Transition:
+    """One recorded SDE step of B edits of one prompt."""
+    prompt: Prompt
+    edit_indices: list                  # (B,): which of the G edits of the prompt they are
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    x: torch.Tensor                     # (B, S, C): the state
+    x_next: torch.Tensor                # (B, S, C): the action
+    old_logp: torch.Tensor              # (B,): its log-prob under the policy that drew it
 
 
 @torch.no_grad()
-def read_prompts(pipe, rows, args, device):
-    """The rows, each with its picture and with cond: all that the transformer is told about it.
-
-    cond: reference (1, S, C), its grid (h, w) with S = h w, and arguments of the transformer: told
-    (what the words say; Qwen's untold: what none say) and places (the tokens' coordinates)
-    """
-    qwen, guidance = "Qwen" in type(pipe).__name__, args.guidance or GUIDANCE[type(pipe).__name__]
-    encoder = (pipe.text_encoder if qwen else pipe.text_encoder_2).to(device)
+def encode_prompts(editor, rows, args):
+    """Encode the instruction and the source image of every row."""
+    # The text encoder is on the GPU only here: T5 takes 9 GB, the VLM of Qwen-Image-Edit 15 GB.
+    editor.text_encoder.to(editor.pipe.transformer.device)
     prompts = []
-    for row in rows:
-        picture = resized(open_image(args.prompts, row, "source", 2 ** 24), args.size)
-        pixels = pipe.image_processor.preprocess(picture).to(device, pipe.vae.dtype)
-        latents = pipe._encode_vae_image(pixels[:, :, None] if qwen else pixels, None)
-        latents = latents.flatten(1, -3)                    # Qwen's have one frame: (1, C, 1, h, w)
-        grid = [side // 2 for side in latents.shape[-2:]]
-        cond = dict(grid=grid, reference=pipe._pack_latents(latents, *latents.shape).float())
-        words = qwen_words if qwen else kontext_words
-        cond |= words(pipe, row["instruction"], picture, grid, guidance, device)
-        prompts.append(row | dict(picture=picture, cond=cond))
-    encoder.to("cpu")                                 # T5 has 9 GB, Qwen's VLM 15: they make room
+    for index, row in enumerate(rows):
+        image = open_image(args.prompts, row, "source", max_pixels=4096 * 4096)
+        image = resize_to_area(image, args.resolution)
+        prompts.append(Prompt(index, row, image, editor.encode(image, row["instruction"])))
+    editor.text_encoder.to("cpu")
     return prompts
 
 
-def kontext_words(pipe, words, picture, grid, guidance, device):
-    """T5 and CLIP read the words; the distilled model takes the guidance as an input."""
-    text, pooled, text_ids = pipe.encode_prompt(
-        words, None, device=device, max_sequence_length=pipe.tokenizer_2.model_max_length)
-    told = dict(encoder_hidden_states=text, pooled_projections=pooled,
-                guidance=torch.tensor([guidance], device=device))
-    ids = pipe._prepare_latent_image_ids(1, *grid, device, torch.float32)
-    ids = torch.cat([ids, ids + torch.tensor([1, 0, 0], device=device)])      # the reference's: 1
-    return dict(told=told, places=dict(txt_ids=text_ids, img_ids=ids))
-
-
-def qwen_words(pipe, words, picture, grid, guidance, device):
-    """A VLM that sees the picture reads the words and, for the guidance, none."""
-    seen = resized(picture, 384) if "Plus" in type(pipe).__name__ else picture
-    told, untold = (dict(encoder_hidden_states=pipe.encode_prompt([text], [seen], device)[0])
-                    for text in (words, " "))
-    places = dict(img_shapes=[[(1, *grid)] * 2])
-    return dict(told=told, untold=untold, places=places, guidance=guidance)
-
-
-def predict_velocity(pipe, x, sigma, cond):
-    """v(x, σ) for latents x (B, S, C) of a prompt; the reference picture is S tokens more.
-
-    Qwen: away from what no words give, at the length of what these words give.
-    """
-    tokens = torch.cat([x, cond["reference"].expand(len(x), -1, -1)], 1)
-
-    def velocity(words):
-        words = {name: value.expand(len(x), *value.shape[1:]) for name, value in words.items()}
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            return pipe.transformer(
-                hidden_states=tokens, timestep=sigma.expand(len(x)), **words, **cond["places"],
-                return_dict=False)[0][:, :x.shape[1]].float()
-
-    told = velocity(cond["told"])
-    if cond.get("guidance", 1) == 1:
-        return told
-    v = torch.lerp(velocity(cond["untold"]), told, cond["guidance"])
-    return v * (told.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
+def draw_window(step, args):
+    """The indices of the SDE steps: W consecutive ones in the first half, equal on all ranks."""
+    generator = np.random.default_rng(derive_seed("window", args.seed, step))
+    num_starts = args.num_inference_steps // 2 - args.sde_window_size + 1
+    start = int(generator.integers(num_starts))
+    return range(start, start + args.sde_window_size)
 
 
 @torch.no_grad()
-def decode(pipe, x, grid):
-    """Latents (B, S, C) of a picture's grid -> PIL pictures."""
-    side, c = 2 * pipe.vae_scale_factor, pipe.vae.config
-    latents = pipe._unpack_latents(x, *(side * n for n in grid), pipe.vae_scale_factor)
-    if "Qwen" in type(pipe).__name__:
-        mean, std = (torch.tensor(m, device=x.device).view(-1, 1, 1, 1)
-                     for m in (c.latents_mean, c.latents_std))
-        latents = latents * std + mean
-    else:
-        latents = latents / c.scaling_factor + c.shift_factor
-    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels.flatten(1, -3), output_type="pil")
+def rollout_edits(editor, prompts, group_size, seed_key, sde_window, args):
+    """Draw group_size edits of each prompt: the images, prompt by prompt, and all transitions."""
+    images = []
+    transitions = []
+    for prompt in prompts:
+        for start in range(0, group_size, args.micro_batch_size):
+            edit_indices = list(range(start, min(start + args.micro_batch_size, group_size)))
+            # First the initial noise of an edit, then one noise for each SDE step. Each edit has
+            # its own seed, so that it does not depend on the batch or the number of ranks.
+            shape = (1 + len(sde_window), *prompt.cond.image_latents.shape[1:])
+            noises = []
+            for k in edit_indices:
+                seed = derive_seed("noise", args.seed, seed_key, prompt.row["id"], k)
+                noises.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+            noise = torch.stack(noises).to(prompt.cond.image_latents.device)    # (B, 1 + W, S, C)
+            x, new_transitions = denoise(editor, prompt, edit_indices, noise, sde_window, args)
+            images.extend(editor.decode(x, prompt.cond))
+            transitions.extend(new_transitions)
+    return images, transitions
 
-
-def noise_levels(pipe, n_tokens, num_steps):
-    """σ from 1 to 0, num_steps + 1 values: the pipeline's own schedule for the picture's size."""
-    c = pipe.scheduler.config
-    share = (n_tokens - c.base_image_seq_len) / (c.max_image_seq_len - c.base_image_seq_len)
-    mu = c.base_shift + share * (c.max_shift - c.base_shift)   # more tokens: longer at high noise
-    pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=mu)
-    return pipe.scheduler.sigmas
-
-
-# ---------------------------------------------------------------- LoRA
-
-def add_lora(model, pattern, rank):
-    """Freeze the model; y = W x becomes W x + 2 B A x in all layers named so. -> A and B, fp32.
-
-    B = 0 at first. model.lora_on = False is the base model again, to which the KL holds.
-    """
-    model.requires_grad_(False)
-    model.lora_on = True
-    for layer in [m for name, m in model.named_modules()
-                  if isinstance(m, nn.Linear) and re.fullmatch(pattern, name)]:
-        at = dict(bias=False, device=layer.weight.device)
-        layer.lora_A = nn.Linear(layer.in_features, rank, **at)
-        layer.lora_B = nn.Linear(rank, layer.out_features, **at)
-        nn.init.zeros_(layer.lora_B.weight)
-        layer.register_forward_hook(lambda layer, x, y: (
-            y + 2 * layer.lora_B(layer.lora_A(x[0])) if model.lora_on else y))
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def save_lora(pipe, folder):
-    """Write the LoRA as diffusers reads it, alpha = 2 r in the file's metadata (else it is r)."""
-    tensors = {name: p for name, p in pipe.transformer.named_parameters() if p.requires_grad}
-    rank = len(next(iter(tensors.values())))
-    layers = sorted({name[:-14] for name in tensors})                   # ... .lora_A.weight
-    pipe.save_lora_weights(f"{folder}.tmp", tensors, transformer_lora_adapter_metadata=dict(
-        r=rank, lora_alpha=2 * rank, target_modules=layers))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(f"{folder}.tmp", folder)
-
-
-# ---------------------------------------------------------------- the phases of a step
 
 @torch.no_grad()
-def denoise(pipe, cond, x, args, window=(), noise=None):
-    """Noise x -> latents of pictures, and the W noisy steps on the way, for the updates."""
-    path, sigmas = [], noise_levels(pipe, x.shape[1], args.num_steps).to(x.device)
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        v = predict_velocity(pipe, x, sigma, cond)
-        x_now, x = x, x + (sigma_next - sigma) * v
-        if i in window:
-            x, logp, _, _ = SAMPLERS[args.sampler](x_now, v, sigma, sigma_next, args.noise_level,
-                                                   noise[:, i - window[0]])
-            path.append((sigma, sigma_next, x_now, x, logp))
-    return x, path
+def denoise(editor, prompt, edit_indices, noise, sde_window, args):
+    """Noise (B, 1 + W, S, C) -> latents of finished edits (B, S, C), and the W transitions."""
+    transitions = []
+    x = noise[:, 0]
+    sigmas = get_sigmas(editor.pipe.scheduler, x.shape[1], args.num_inference_steps).to(x.device)
+    for i in range(args.num_inference_steps):
+        sigma = sigmas[i]
+        sigma_next = sigmas[i + 1]
+        velocity = editor.predict_velocity(x, sigma, prompt.cond)
+        if i in sde_window:
+            step_noise = noise[:, 1 + i - sde_window.start]                 # 0 is the initial noise
+            x_next, logp, _, _ = sde_step(
+                x, velocity, sigma, sigma_next, args.noise_level, noise=step_noise)
+            transitions.append(
+                Transition(prompt, edit_indices, sigma, sigma_next, x, x_next, logp))
+        else:
+            x_next = x + (sigma_next - sigma) * velocity                    # an ODE step
+        x = x_next
+    return x, transitions
 
 
-def rollout_edits(pipe, prompts, group, key, args, window=()):
-    """`group` edits of each prompt; the noise of edit k does not depend on batch, ranks, restarts.
+def score_edits(reward_model, prompts, images, group_size, args):
+    """The score of the reward model's greedy verdict on every image: (P, G), NaN if unparsed."""
+    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
+    scores = []
+    errors = []                                     # of a server
+    for start in range(0, len(images), REWARD_BATCH_SIZE):
+        batch = slice(start, start + REWARD_BATCH_SIZE)
+        chats = []
+        for prompt, image in zip(prompt_of_image[batch], images[batch]):
+            chats.append(verdict_chat(
+                prompt.image, image, prompt.row["instruction"], prompt.row["principles"]))
+        replies = reward_model.generate(chats, args.max_new_tokens)
+        for prompt, reply in zip(prompt_of_image[batch], replies):
+            verdict = parse_verdict(reply.text, len(prompt.row["principles"]))
+            scores.append(math.nan if verdict is None else verdict.score)
+            if reply.error:
+                errors.append(reply.error)
+    if errors:
+        print(f"{len(errors)} of {len(images)} verdicts failed. The first error: {errors[0]}")
+    return torch.tensor(scores).view(len(prompts), group_size)
 
-    -> pictures, prompt by prompt; all noisy steps as (number of the prompt, ks of the batch, step)
+
+def transition_loss(editor, transition, advantage, args):
+    """Loss, ratio and KL, each (edits,), of the edits whose advantage (B,) is not 0.
+
+    On a GPU, a batch of fewer edits than in the rollout may round differently in bf16, so the first
+    ratios may differ from 1 a little.
     """
-    edits, steps = [], []
-    for number, prompt in enumerate(prompts):
-        cond = prompt["cond"]
-        shape = 1 + len(window), *cond["reference"].shape[1:]
-        for ks in torch.arange(group).split(args.micro):               # a batch is of one prompt
-            seeds = [seed_of("noise", args.seed, key, prompt["id"], k) for k in ks.tolist()]
-            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                                 for seed in seeds]).to(cond["reference"])
-            x, path = denoise(pipe, cond, noise[:, 0], args, window, noise[:, 1:])
-            edits += decode(pipe, x, cond["grid"])
-            steps += [(number, ks, *step) for step in path]
-    return edits, steps
+    keep = advantage != 0
+    x = transition.x[keep]
+    x_next = transition.x_next[keep]
+    sigma = transition.sigma
+    sigma_next = transition.sigma_next
+    transformer = editor.pipe.transformer
+
+    # The same transition under the current policy ...
+    v = editor.predict_velocity(x, sigma, transition.prompt.cond)
+    _, logp, mean, std = sde_step(x, v, sigma, sigma_next, args.noise_level, x_next=x_next)
+
+    # ... and under the reference policy, the editor without its LoRA.
+    mean_ref = mean
+    if args.beta > 0:
+        transformer.lora_enabled = False
+        with torch.no_grad():
+            v_ref = editor.predict_velocity(x, sigma, transition.prompt.cond)
+        transformer.lora_enabled = True     # before backward(): checkpointing runs it again
+        _, _, mean_ref, _ = sde_step(x, v_ref, sigma, sigma_next, args.noise_level, x_next=x_next)
+    kl = ((mean - mean_ref) / std).square().flatten(1).mean(1) / 2
+
+    ratio = (logp - transition.old_logp[keep]).exp()
+    loss = clipped_surrogate(ratio, advantage[keep].to(x.device), args.clip_eps) + args.beta * kl
+    return loss, ratio.detach(), kl.detach()
 
 
-def score_edits(ask, prompts, edits, args):
-    """τ in 0..10 of every edit (P, G), from the RRM's greedy verdict; NaN: none could be read."""
-    asked = [prompt for prompt in prompts for _ in range(len(edits) // len(prompts))]
-    chats = [verdict_chat(prompt["picture"], edit, prompt["instruction"], prompt["principles"])
-             for prompt, edit in zip(asked, edits)]
-    size = 4 * args.micro                               # without gradients more fit in at once
-    replies = [reply for i in range(0, len(chats), size)
-               for reply in ask(chats[i:i + size], args.max_new, 0, None)]
-    verdicts = [isinstance(reply, str) and parse_verdict(reply, len(prompt["principles"]))
-                for reply, prompt in zip(replies, asked)]
-    tau = torch.tensor([verdict[2] if verdict else math.nan for verdict in verdicts])
-    return tau.view(len(prompts), -1)
-
-
-def update(pipe, params, optimizer, prompts, steps, advantages, args):
-    """--updates optimizer steps, each on its share of the prompts and all their noisy steps.
-
-    -> ratios of the first update, mean KL, norm of the last gradient
-    """
-    kls, ratios = [torch.zeros(0)], []
-    for number, share in enumerate(torch.arange(len(prompts)).chunk(args.updates)):
-        n = sum(gather_rows([int(advantages[share].count_nonzero()) * args.sde_window]))
+def update_lora(editor, params, optimizer, prompts, transitions, advantages, step, args):
+    """One optimizer step per mini-batch of prompts. Returns the metrics of the update."""
+    ratios = []                         # of each mini-batch, over all ranks
+    kls = []
+    for prompt_indices in np.array_split(np.arange(len(prompts)), args.num_minibatches):
+        minibatch = [t for t in transitions if t.prompt.index in prompt_indices]
+        # The loss is a mean over all SDE steps of all edits with A != 0, on all ranks.
+        num_local = advantages[prompt_indices].count_nonzero().item() * args.sde_window_size
+        num_total = sum(all_gather_lists([num_local]))
         for param in params:
-            param.grad = torch.zeros_like(param)              # all ranks sum it, idle ones too
-        teach = [step for step in steps if step[0] in share and advantages[step[:2]].any()]
-        for p, ks, sigma, sigma_next, *recorded in teach:
-            live = advantages[p, ks] != 0                     # equal and unread edits teach nothing
-            x, x_next, old_logp = (value[live] for value in recorded)
-            again = lambda: SAMPLERS[args.sampler](
-                x, predict_velocity(pipe, x, sigma, prompts[p]["cond"]), sigma, sigma_next,
-                args.noise_level, x_next=x_next)
-            _, logp, mean, std = again()
-            pipe.transformer.lora_on = False
-            with torch.no_grad():
-                mean_base = again()[2] if args.beta else mean
-            pipe.transformer.lora_on = True
-            kl = ((mean - mean_base) / std).square().flatten(1).mean(1) / 2
-            advantage = advantages[p, ks[live]].to(x.device)
-            loss, ratio = clipped_surrogate(logp, old_logp, advantage, args.clip_eps)
-            ((loss + args.beta * kl).sum() / n).backward()
-            kls.append(kl.detach().cpu())
-            ratios += ratio.tolist() if number == 0 else []
-        for param in params if dist.is_initialized() else ():
-            dist.all_reduce(param.grad)                     # a sum: the loss carries the global 1/n
-        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
-        if not math.isfinite(norm):
-            raise SystemExit(f"The gradient's norm is {norm}. Begin again with a lower --lr.")
-        if n:
+            param.grad = torch.zeros_like(param)    # not None: all ranks join the all_reduce
+        minibatch_ratios = []
+        for transition in minibatch:
+            advantage = advantages[transition.prompt.index, transition.edit_indices]    # (B,)
+            if not advantage.any():     # Equal rewards and unparsed verdicts: nothing to learn.
+                continue
+            loss, ratio, kl = transition_loss(editor, transition, advantage, args)
+            (loss.sum() / num_total).backward()
+            minibatch_ratios.extend(ratio.tolist())
+            kls.extend(kl.tolist())
+        if dist.is_initialized():
+            for param in params:
+                dist.all_reduce(param.grad)         # a sum, since num_total counts all ranks
+        grad_norm = clip_gradients(params, step)
+        if num_total > 0:
             optimizer.step()
-    return ratios, torch.cat(kls).mean().nan_to_num().item(), norm
+        ratios.append(all_gather_lists(minibatch_ratios))
+
+    kls = torch.tensor(all_gather_lists(kls))
+    deviations = [(torch.tensor(minibatch) - 1).abs() for minibatch in ratios]
+    is_clipped = torch.cat(deviations) > args.clip_eps
+    return dict(
+        kl=kls.mean().nan_to_num().item(),          # the mean of an empty tensor is NaN
+        clip_fraction=is_clipped.float().mean().nan_to_num().item(),
+        max_ratio_deviation=max(deviations[0].tolist(), default=0.0),
+        grad_norm=grad_norm)
 
 
-def look_at_prompts(pipe, ask, held, step, args, device):
-    """One edit of every held-out prompt, by the ODE from noise that never changes: samples/."""
-    prompts = read_prompts(pipe, held, args, device)
-    edits, _ = rollout_edits(pipe, prompts, 1, "held out", args)
-    scores = score_edits(ask, prompts, edits, args)[:, 0]
-    path, lines = Path(args.out, "samples", f"step_{step:06d}", "edits.jsonl"), []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for k, (row, edit, score) in enumerate(zip(held, edits, scores.tolist())):
-        edit.save(path.parent / f"{k:03d}.png")
-        source = os.path.relpath(Path(args.prompts).parent / row["source"], path.parent)
-        lines.append(row | dict(source=source, edit=f"{k:03d}.png", editor=f"step {step}",
-                                score=score if score == score else None))
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log_step(args, step, dict(held_reward=scores.nanmean()))
+def evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args):
+    """One edit of every evaluation prompt, by the ODE and from fixed noise, and its score.
+
+    Writes samples/step_*/edits.jsonl, which `evaluate.py judge` (stage 6) can read.
+    """
+    folder = run.out / "samples" / f"step_{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    edits_path = folder / "edits.jsonl"
+    indices = np.array_split(np.arange(len(eval_rows)), world_size)[rank]   # this rank's share
+    prompts = encode_prompts(editor, [eval_rows[i] for i in indices], args)
+    images, _ = rollout_edits(editor, prompts, group_size=1, seed_key="held out",
+                              sde_window=range(0), args=args)               # no SDE step
+    scores = score_edits(reward_model, prompts, images, 1, args).flatten().tolist()
+    rows = []
+    for i, image, score in zip(indices, images, scores):
+        image.save(folder / f"{i:03d}.png")
+        row = rebase_paths(eval_rows[i], ["source"], args.prompts, edits_path)
+        score = None if math.isnan(score) else score
+        rows.append(row | dict(edit=f"{i:03d}.png", editor=f"step {step}", score=score))
+    rows = all_gather_lists(rows)
+    scores = torch.tensor(all_gather_lists(scores))
+    if rank == 0:
+        write_jsonl(edits_path, rows)
+        log_step(run, step, dict(eval_reward=scores.nanmean().item()))
+
+
+def reward_metrics(rewards):
+    """Metrics of the rewards (P, G) of all ranks."""
+    std = (rewards - rewards.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    zero_std = (group_advantages(rewards) == 0).all(1)
+    return dict(
+        reward=rewards.nanmean().item(),
+        reward_std=std.nanmean().item(),
+        frac_reward_zero_std=zero_std.float().mean().item(),
+        parse_rate=(~rewards.isnan()).float().mean().item())
+
+
+def load_splits(args, rank, world_size):
+    """The rows for training and for evaluation. Refuses settings that do not fit them."""
+    rows = load_jsonl(args.prompts, ["source", "instruction", "principles"],
+                      "Run decompose.py first (README, stage 1).")
+    train_rows, eval_rows = split_by_source(rows, args.num_eval)
+    divisor = world_size * args.num_minibatches
+    if args.prompts_per_step % divisor > 0 or args.prompts_per_step > len(train_rows):
+        raise SystemExit(f"--prompts_per_step must be a multiple of ranks x --num_minibatches = "
+                         f"{divisor} and at most the {len(train_rows)} training prompts.")
+    if not 0 < args.sde_window_size <= args.num_inference_steps // 2:
+        raise SystemExit("--sde_window_size must fit into half of --num_inference_steps.")
+    if args.noise_level <= 0:
+        raise SystemExit("--noise_level must be above 0, or the policy is not random.")
+    check_images(args.prompts, rows, ["source"], rank, world_size)
+    return train_rows, eval_rows
 
 
 def main():
     args = parse_args()
-    rank, world, device = setup()
-    rows = read_rows(args.prompts, ("source", "instruction", "principles"),
-                     "Run decompose.py first (README, stage 1).")
-    held = rows[len(rows) - args.held_out:]
-    known = {row["source"] for row in held}
-    train = [row for row in rows if row["source"] not in known]
-    if args.prompts_per_step % (world * args.updates) or args.prompts_per_step > len(train):
-        raise SystemExit(f"--prompts_per_step must be a multiple of ranks x updates = "
-                         f"{world * args.updates}, and at most the {len(train)} training prompts.")
-    if not 0 < args.sde_window <= args.num_steps // 2:
-        raise SystemExit("--sde_window must fit into the first half of --num_steps.")
-    if rank == 0:                      # a torn picture must not stop the run an hour later
-        all(ThreadPoolExecutor().map(lambda row: open_image(args.prompts, row, "source"), rows))
-    pipe, ask = load_editor(args.editor, device), connect(args.reward, device)
-    if type(pipe).__name__ not in GUIDANCE:
-        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {[*GUIDANCE]}.")
-    torch.manual_seed(args.seed)                                    # the same A on every rank
-    params = add_lora(pipe.transformer, LORA_LAYERS, args.lora_rank)
+    rank, world_size, device = setup()
+    train_rows, eval_rows = load_splits(args, rank, world_size)
+    pipe = load_editor(args.editor, device)
+    if type(pipe).__name__ not in EDITORS:
+        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
+    editor = EDITORS[type(pipe).__name__](pipe, args.guidance_scale)
+    reward_model = VLM(args.reward, served_model="", device=device)
+    torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
+    params = add_lora(pipe.transformer, editor.lora_layers, args.lora_rank)
     if device.type == "cuda":
         pipe.transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
-    first = start_run(args, pipe.transformer, optimizer, rank)
+    # On --resume the reward must have the same name; a server may have moved to another address.
+    settings = vars(args) | dict(reward=reward_model.name)
+    run = start_run(settings, args.steps, pipe.transformer, optimizer, rank)
 
-    for step in range(first, args.steps + 1):
-        # ---- look at the held-out prompts, save
-        if rank == 0 and (step % args.every == 0 or step == args.steps):
-            save_lora(pipe, f"{args.out}/lora")
-            if step > first:
-                save_state(args.out, step, pipe.transformer, optimizer, rank)
-            look_at_prompts(pipe, ask, held, step, args, device)
+    # At the top of the loop `step` training steps are finished: step 0 evaluates the base editor.
+    for step in range(run.start_step, args.steps + 1):
+        # ---- 1. Every --eval_every steps and at the end: save, and evaluate.
+        if step % args.eval_every == 0 or step == args.steps:
+            if rank == 0:                           # the LoRA is the same on all ranks
+                save_lora(pipe, run.out / "lora", args.lora_rank)
+            save_checkpoint(run, step, pipe.transformer, optimizer, rank)
+            if eval_rows:
+                evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args)
         if step == args.steps:
             break
 
-        # ---- rollout: G edits of each of this rank's prompts, and their rewards
-        numbers = batch_rows(len(train), args.prompts_per_step, args.seed, step)[rank::world]
-        prompts = read_prompts(pipe, [train[i] for i in numbers], args, device)
-        draw = np.random.default_rng(seed_of("window", args.seed, step))
-        start = int(draw.integers(args.num_steps // 2 - args.sde_window + 1))
-        window = range(start, start + args.sde_window)              # one for all edits of the step
-        edits, steps = rollout_edits(pipe, prompts, args.group_size, step, args, window)
-        rewards = score_edits(ask, prompts, edits, args)            # (P, G)
+        # ---- 2. Rollout: G edits of each of this rank's prompts.
+        row_indices = batch_indices(len(train_rows), args.prompts_per_step, args.seed, step)
+        rows = [train_rows[i] for i in row_indices[rank::world_size]]
+        prompts = encode_prompts(editor, rows, args)
+        images, transitions = rollout_edits(
+            editor, prompts, args.group_size, seed_key=step, sde_window=draw_window(step, args),
+            args=args)
 
-        # ---- advantages -> update of the LoRA
-        advantages = group_advantages(rewards)
-        ratios, kl, norm = update(pipe, params, optimizer, prompts, steps, advantages, args)
+        # ---- 3. Rewards and advantages.
+        rewards = score_edits(                                              # (P, G)
+            reward_model, prompts, images, args.group_size, args)
+        all_rewards = torch.tensor(all_gather_lists(rewards.tolist()))      # of all ranks
+        if all_rewards.isnan().all():
+            raise SystemExit(f"step {step}: no verdict could be parsed. Is {args.reward} a reward "
+                             "model, and is --max_new_tokens large enough for its verdicts?")
+        advantages = group_advantages(rewards)                              # (P, G)
 
-        # ---- log the rewards of all ranks; ratio and kl of rank 0's share
-        rewards = torch.tensor(gather_rows(rewards.tolist()))
-        spread = (rewards - rewards.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-        if rewards.isnan().all():
-            raise SystemExit(f"step {step}: no verdict could be read. Is {args.reward} an RRM?")
+        # ---- 4. Update the LoRA, and log.
+        update_metrics = update_lora(
+            editor, params, optimizer, prompts, transitions, advantages, step, args)
         if rank == 0:
-            log_step(args, step, dict(
-                reward=rewards.nanmean(), group_std=spread.nanmean(), kl=kl, grad_norm=norm,
-                dead=(group_advantages(rewards) == 0).all(1).float().mean(),
-                read=(~rewards.isnan()).float().mean(),
-                first_ratio_off=max((abs(ratio - 1) for ratio in ratios), default=0)))
-    if world > 1:                      # gloo's threads can die in Python's own exit
+            log_step(run, step, reward_metrics(all_rewards) | update_metrics)
+    cleanup()
+
+
+# ------------------------------------------------------------ helpers
+#
+# Skip these at a first reading. They are the same in every script that needs them.
+
+def setup():
+    """Join the process group that torchrun has set up: (rank, world_size, device)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # cuDNN's attention has wrong gradients on Hopper: github.com/pytorch/pytorch/issues/196678
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Ranks may wait for hours while one of them saves a checkpoint or waits for a slow server.
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def barrier():
+    """Wait until all ranks get here."""
+    if dist.is_initialized():
         dist.barrier()
-        os._exit(0)
 
 
-# ---------------------------------------------------------------- helpers, the same in every script
+def all_gather_lists(items):
+    """The lists of all ranks, joined in rank order, on every rank."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
-def read_rows(path, fields, made_by):
-    """The rows of a JSONL file: every line whole, every id once, every field there."""
+
+def cleanup():
+    """Leave the process group together."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def derive_seed(*key):
+    """A separate 32-bit seed for each key, such as (seed, row id, ...)."""
+    key_bytes = list(repr(key).encode())
+    return int(np.random.SeedSequence(key_bytes).generate_state(1)[0])
+
+
+def uniform_numbers(seed, length):
+    """`length` random numbers in [0, 1), one for each token that a VLM will sample."""
+    numbers = np.random.default_rng(seed).random(length)
+    return torch.tensor(numbers, dtype=torch.float32).clamp(max=1 - 1e-7)
+
+
+def sample_by_inverse_cdf(log_probs, uniforms):
+    """One token per row, chosen by the row's own random number: (R, V), (R,) -> (R,).
+
+    It is the first token whose cumulative probability exceeds the number. Unlike with
+    torch.multinomial, a row's token does not depend on the other rows of the batch.
+    """
+    cdf = log_probs.exp().cumsum(-1)                                        # (R, V)
+    total = cdf[:, -1:]                                                     # 1 up to rounding
+    return (cdf <= uniforms[:, None] * total).sum(-1)
+
+
+def load_jsonl(path, fields, hint):
+    """Read the rows of a JSONL file. A bad line ends the run, with its number and the reason."""
+    try:
+        lines = Path(path).read_bytes().splitlines()        # str.splitlines also cuts at U+2028
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {error}. {hint}")
+    if not lines:
+        raise SystemExit(f"{path} is empty. {hint}")
     rows = {}
-    try:
-        for line in Path(path).read_bytes().splitlines() or [b""]:
+    for number, line in enumerate(lines, start=1):
+        try:
             row = json.loads(line)
-            asked = [[p["question"], p["category"]] for p in row.get("principles", ())]
-            if row["id"] in rows or "<|" in row.get("instruction", "") + str(asked):
-                raise ValueError("its id twice, or a token <|...|>")
-            rows[row["id"]] = row | {name: row[name] for name in fields}  # KeyError: one is missing
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{path}, line {len(rows) + 1}: {error!r}. Mend it. {made_by}")
-    return [*rows.values()]
+            for field in ("id", *fields):
+                if field not in row:
+                    raise ValueError(f"the field {field!r} is missing")
+            row["id"] = str(row["id"])
+            if row["id"] in rows:
+                raise ValueError(f"the id {row['id']!r} occurs twice")
+            for principle in row.get("principles", []):
+                if not {"question", "category"} <= set(principle):
+                    raise ValueError(f"the principle {principle} lacks a question or a category")
+            text = json.dumps([row.get("instruction"), row.get("principles")], ensure_ascii=False)
+            if "<|" in text:
+                raise ValueError("the text contains '<|', the start of a special token")
+            text.encode()                   # fails if there is a lone surrogate
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"{path}, line {number}: {error}. Fix or delete this line. {hint}")
+        rows[row["id"]] = row
+    return list(rows.values())
 
 
-def open_image(path, row, key, max_pixels=512 * 28 * 28):
-    """The picture row[key] of the JSONL file `path`: RGB, upright, on white, at most max_pixels."""
+MAX_PIXELS = 512 * 28 * 28                  # 512 visual tokens of Qwen2.5-VL, each 28 x 28 pixels
+
+
+def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
+    """The image row[field] of a JSONL file as RGB: upright, on white, at most max_pixels.
+
+    Raises OSError with the row and the reason, whatever is wrong with the file.
+    """
     try:
-        file = Image.open(Path(path).parent / str(row[key]))
-        image = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{path}, row {row['id']}: {key} {row[key]} does not open ({error}). "
-                         "Restore the picture or delete the row.")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image.thumbnail([side * (max_pixels / math.prod(image.size)) ** 0.5 for side in image.size])
+        image = Image.open(Path(jsonl_path).parent / row[field])
+        image.load()
+        image.getexif()                     # Pillow reads the orientation and keeps it.
+        image.info.pop("exif", None)        # exif_transpose would fail on other, damaged values.
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            raise OSError("it has more than 8 bits per channel")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        scale = math.sqrt(max_pixels / (image.width * image.height))
+        image.thumbnail((image.width * scale, image.height * scale))        # it never enlarges
+        if max(image.size) > 200 * min(image.size):
+            raise OSError("its aspect ratio is above 200, which Qwen-VL refuses")
+    except Exception as error:              # Pillow raises more kinds of errors than one can list.
+        raise OSError(f"{jsonl_path}, row {row['id']}: the {field} image {row[field]} cannot be "
+                      f"used: {error!r}. Replace the image or delete the row.")
     return image
 
 
+def check_images(jsonl_path, rows, fields, rank, world_size):
+    """Open the images of up to 5,000 rows now, so that a bad one does not stop the run later."""
+    def check(row):
+        for field in fields:
+            open_image(jsonl_path, row, field)
+
+    sample = rows[::1 + len(rows) // 5000]
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check, sample[rank::world_size]))
+    except OSError as error:
+        raise SystemExit(error)
+
+
+def rebase_paths(row, fields, old_file, new_file):
+    """The row of `old_file` with its image paths made relative to the folder of `new_file`."""
+    old_folder = os.path.realpath(Path(old_file).parent)
+    new_folder = os.path.realpath(Path(new_file).parent)
+    rebased = {}
+    for field in fields:
+        rebased[field] = os.path.relpath(os.path.join(old_folder, str(row[field])), new_folder)
+    return row | rebased
+
+
+def write_jsonl(path, rows):
+    """Write atomically: a temporary file, which then replaces the old one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def append_jsonl(path, row):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@dataclass
+class Reply:
+    """A VLM's answer to one chat. If there is none, `error` says why."""
+    text: str = ""
+    error: str = ""
+
+
+class VLM:
+    """A vision-language model that answers chats: a local folder, a hub id, or a server's URL."""
+
+    def __init__(self, vlm, served_model, device):
+        self.name = vlm
+        self.url = None
+        if vlm.startswith(("http://", "https://")):
+            self.url = vlm
+            names = [served_model] if served_model else list_served_models(vlm)
+            if len(names) != 1:
+                raise SystemExit(f"{vlm} serves {names}. Choose one of them with --served_model, "
+                                 "or serve only that one.")
+            self.name = names[0]
+        else:
+            dtype = "auto" if device.type == "cuda" else torch.float32
+            self.model, self.processor = load_vlm(vlm, device, dtype)
+
+    def generate(self, chats, max_new_tokens, temperature=0.0, seeds=None):
+        """One Reply per chat: greedy at temperature 0, else sampled with a seed for every chat."""
+        seeds = seeds or [0] * len(chats)                   # greedy decoding needs none
+        if self.url:
+            return ask_server(self.url, self.name, chats, max_new_tokens, temperature, seeds)
+        texts = generate_texts(
+            self.model, self.processor, chats, max_new_tokens, temperature, seeds)
+        return [Reply(text) for text in texts]
+
+
+def load_vlm(folder, device, dtype):
+    """Load a Qwen2.5-VL or Qwen3-VL from a local folder or hub id: (model, Processor)."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True)
+        processor = Processor(folder)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder} is not a Qwen2.5-VL or Qwen3-VL: {error}")
+    if info["missing_keys"]:                # transformers would fill them with random numbers
+        raise SystemExit(f"{folder} lacks the weights {sorted(info['missing_keys'])[:3]} ...")
+    # For whatever is not specified, `generate` and servers fall back to generation_config.json, for
+    # example to Qwen2.5-VL's repetition penalty of 1.05. We leave only the end tokens in it.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=processor.eos_token_ids, pad_token_id=processor.tokenizer.pad_token_id)
+    return model.to(device).eval(), processor
+
+
+class Processor:
+    """Turn chats with images into left-padded model inputs. (AutoProcessor needs torchvision.)"""
+
+    def __init__(self, folder):
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.suppress_tokens = self.tokenizer.convert_tokens_to_ids(
+            ["<|image_pad|>", "<|video_pad|>"])             # no image would stand behind them
+        self.eos_token_ids = [                              # each of them ends a reply
+            self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]
+
+    def __call__(self, chats):
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True)
+        images = []
+        for chat in chats:
+            for part in chat[0]["content"]:
+                if part["type"] == "image":
+                    images.append(part["image"])
+        return tokenize_with_images(self.tokenizer, self.image_processor, texts, images)
+
+
+def tokenize_with_images(tokenizer, image_processor, texts, images):
+    """Tokenize texts in which each <|image_pad|> stands for the next of the images.
+
+    The model needs one placeholder for every token of an image, so each placeholder is repeated.
+    """
+    inputs = image_processor(images, return_tensors="pt")
+    patches = inputs["image_grid_thw"].prod(-1)             # frames x height x width of each image
+    tokens_per_image = iter((patches // image_processor.merge_size ** 2).tolist())
+    expanded_texts = []
+    for text in texts:
+        pieces = text.split("<|image_pad|>")
+        expanded = pieces[0]
+        for piece in pieces[1:]:
+            expanded += "<|image_pad|>" * next(tokens_per_image) + piece
+        expanded_texts.append(expanded)
+    inputs.update(tokenizer(expanded_texts, return_tensors="pt", padding=True))
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    # Without this the model would silently give images the positions of text.
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_token_id).int()
+    return inputs
+
+
+@torch.no_grad()
+def generate_texts(model, processor, chats, max_new_tokens, temperature, seeds):
+    """One reply per chat: greedy at temperature 0, else sampled with a seed for every chat.
+
+    transformers samples a batch from one random state. To have a seed for every chat, a logits
+    processor draws each token itself and masks all others, so that greedy decoding must take it.
+    In fp32 a reply then does not depend on the other chats of the batch.
+    """
+    inputs = processor(chats).to(model.device)
+    prompt_length = inputs["input_ids"].shape[1]
+    logits_processors = []
+    if temperature > 0:
+        uniforms = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds])
+        uniforms = uniforms.to(model.device)                                # (R, T)
+
+        def draw_token(input_ids, logits):
+            log_probs = (logits.float() / temperature).log_softmax(-1)      # (R, V)
+            t = input_ids.shape[1] - prompt_length
+            token = sample_by_inverse_cdf(log_probs, uniforms[:, t])        # (R,)
+            return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0.0)
+
+        logits_processors.append(draw_token)
+
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        output_ids = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False,
+            suppress_tokens=processor.suppress_tokens, logits_processor=logits_processors,
+            synced_gpus=False)              # ranks may write replies of different lengths
+    return processor.tokenizer.batch_decode(
+        output_ids[:, prompt_length:], skip_special_tokens=True)
+
+
+def server_key():
+    """The key for a server, without spaces. Without one, the user's hub token would be sent."""
+    return "".join(os.getenv("OPENAI_API_KEY", "").split()) or "none"
+
+
+def list_served_models(url):
+    """The names of the models that a server offers. The run ends if the server does not answer."""
+    try:
+        headers = {"Authorization": f"Bearer {server_key()}"}
+        response = get_session().get(f"{url.rstrip('/')}/models", headers=headers, timeout=60)
+        response.raise_for_status()
+        return [model["id"] for model in response.json()["data"]]
+    except (HTTPError, OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{url} does not answer: {error}. Start the server and run the command "
+                         "again (a training script with --resume).")
+
+
+def to_server_part(part):
+    """One part of a chat as an OpenAI-compatible server reads it: an image as a data URL."""
+    if part["type"] != "image":
+        return part
+    buffer = io.BytesIO()
+    part["image"].save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def ask_server(url, model_name, chats, max_new_tokens, temperature, seeds):
+    """One Reply per chat from an OpenAI-compatible server, such as vLLM or SGLang."""
+    client = InferenceClient(base_url=url, api_key=server_key(), timeout=300)
+    # We send every sampling setting, since a server falls back to generation_config.json.
+    sampling = dict(max_tokens=max_new_tokens, temperature=temperature, top_p=1.0,
+                    extra_body=dict(repetition_penalty=1.0, top_k=-1, min_p=0.0))
+
+    def ask(chat, seed):
+        content = [to_server_part(part) for part in chat[0]["content"]]
+        messages = [{"role": "user", "content": content}]
+        wait = 0                                            # seconds before the next attempt
+        for attempt in range(4):
+            time.sleep(wait)
+            wait = 2 ** attempt
+            try:
+                completion = client.chat_completion(
+                    messages, model=model_name, seed=seed, **sampling)
+                text = completion.choices[0].message.content or ""
+                return Reply(text.encode(errors="replace").decode())    # without lone surrogates
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                message = f"{url} answers {status}: {error.response.text}"
+                if status in (401, 403, 404):               # wrong key or name: no row can succeed
+                    raise SystemExit(message)
+                if status < 500 and status not in (408, 429):
+                    return Reply(error=message)             # asking again would not help this row
+                retry_after = error.response.headers.get("Retry-After", "")
+                if retry_after.isdigit():
+                    wait = min(60, int(retry_after))
+            except (HTTPError, OSError, ValueError, LookupError, TypeError) as error:
+                message = f"{url}: {error!r}"               # no connection, or no chat completion
+        list_served_models(url)                             # ends the run if the server is gone
+        return Reply(error=message)
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(ask, chats, seeds))
+
+
+def split_by_source(rows, num_eval):
+    """(train_rows, eval_rows): the last rows, whose source images are not trained on at all."""
+    eval_rows = rows[max(0, len(rows) - num_eval):]
+    eval_sources = {row["source"] for row in eval_rows}
+    train_rows = [row for row in rows if row["source"] not in eval_sources]
+    return train_rows, eval_rows
+
+
+def clip_gradients(params, step):
+    """Scale the gradients to a norm of at most 1; return the norm from before."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()                 # over the shards of all ranks
+    grad_norm = grad_norm.item()
+    if not math.isfinite(grad_norm):
+        raise SystemExit(f"step {step}: the gradient norm is {grad_norm}. Start again with a lower "
+                         "--lr.")
+    return grad_norm
+
+
+def batch_indices(num_rows, batch_size, seed, step):
+    """The row indices of one step. Each epoch is a new permutation, cut into whole batches."""
+    batches_per_epoch = num_rows // batch_size
+    epoch = step // batches_per_epoch
+    batch = step % batches_per_epoch
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    return order[batch * batch_size:(batch + 1) * batch_size].tolist()
+
+
+@dataclass
+class Run:
+    """What logging and checkpoints need to know about a run."""
+    out: Path
+    start_step: int
+    num_steps: int
+    start_time: float
+
+
+# A resumed run may change these flags: they do not change what a step computes. One list for all
+# scripts.
+MAY_CHANGE = ["out", "resume", "toy", "steps", "eval_every", "served_model",
+              "micro_batch_size", "rollout_batch_size", "reward_batch_size"]
+CHECKPOINT_OPTIONS = dcp.StateDictOptions(                  # one file, whatever the number of ranks
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+def start_run(settings, num_steps, model, optimizer, rank):
+    """Start a run in --out, or resume it from its checkpoint. `settings` are its flags by name."""
+    out = Path(settings["out"])
+    config_path = out / "config.json"
+    metrics_path = out / "metrics.jsonl"
+    checkpoint_path = out / "checkpoint.pt"
+    if not settings["resume"] and (metrics_path.exists() or checkpoint_path.exists()):
+        raise SystemExit(f"{out} holds an earlier run. Add --resume or choose another --out.")
+    if settings["resume"] and config_path.exists():
+        old_settings = json.loads(config_path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if name not in MAY_CHANGE and value != old_settings.get(name):
+                raise SystemExit(f"{out} was begun with --{name} {old_settings.get(name)}, not "
+                                 f"{value}. Use the old value or another --out.")
+    start_step = 0
+    metrics_size = 0
+    if checkpoint_path.exists():
+        saved = torch.load(checkpoint_path, weights_only=True, mmap=True)
+        start_step = saved["step"]
+        metrics_size = saved["metrics_size"]
+        dcp.set_model_state_dict(model, saved["model"], options=CHECKPOINT_OPTIONS)
+        if saved["optimizer"]:
+            dcp.set_optimizer_state_dict(
+                model, optimizer, saved["optimizer"], options=CHECKPOINT_OPTIONS)
+    barrier()                                               # until here every rank only reads
+    if rank == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        config_path.with_suffix(".tmp").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        os.replace(config_path.with_suffix(".tmp"), config_path)
+        with open(metrics_path, "ab") as file:
+            file.truncate(metrics_size)                     # drop what came after the checkpoint
+    return Run(out, start_step, num_steps, time.time())
+
+
+def save_checkpoint(run, step, model, optimizer, rank):
+    """Save all that --resume needs: a temporary file, which then replaces the old checkpoint."""
+    weights = dcp.get_model_state_dict(model, options=CHECKPOINT_OPTIONS)   # all ranks take part
+    moments = {}
+    # Before the first optimizer step there is no state, and asking for it would invent a step.
+    if optimizer.state:
+        moments = dcp.get_optimizer_state_dict(model, optimizer, options=CHECKPOINT_OPTIONS)
+    if rank == 0:
+        metrics_size = os.path.getsize(run.out / "metrics.jsonl")
+        torch.save(dict(step=step, metrics_size=metrics_size, model=weights, optimizer=moments),
+                   run.out / "checkpoint.tmp")
+        os.replace(run.out / "checkpoint.tmp", run.out / "checkpoint.pt")
+
+
+def log_step(run, step, metrics):
+    """Print one line and append one row to metrics.jsonl, in which NaN is null."""
+    seconds_per_step = (time.time() - run.start_time) / (step - run.start_step + 1)
+    minutes_left = seconds_per_step * max(0, run.num_steps - step - 1) / 60
+    numbers = " | ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    print(f"step {step:4d}/{run.num_steps} | {numbers} | eta {minutes_left:.1f} min", flush=True)
+    row = {"step": step}
+    for name, value in metrics.items():
+        row[name] = value if math.isfinite(value) else None
+    append_jsonl(run.out / "metrics.jsonl", row)
+
+
 def load_editor(folder, device):
-    """Any editing pipeline of diffusers, from a folder or hub id; bf16 on a GPU, fp32 on a CPU."""
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()      # missing torchvision and accelerate: known and harmless
-        logging.disable_progress_bar()
+    """Load an editing pipeline of diffusers: bf16 on a GPU, fp32 on a CPU."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()         # no warnings that torchvision and
+        library.utils.logging.disable_progress_bar()        # accelerate are missing
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, processor=None)
+        models = load_editor_models(folder, dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, processor=None, **models)
         if "Qwen" in type(pipe).__name__:
-            mend_qwen(pipe, folder)
+            patch_qwen_pipeline(pipe, folder)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no editor of diffusers: {str(error).splitlines()[0]}")
+        raise SystemExit(f"{folder} is not an editing pipeline of diffusers: {error}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def mend_qwen(pipe, folder):
-    """Qwen-Image-Edit without torchvision, and with the 3-D positions that diffusers forgets."""
-    seer = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
-    pipe.processor = lambda text, images, **_: place_pictures(seer, pipe.tokenizer, images, text)
-    place = pipe.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    forward = pipe.text_encoder.forward
-    pipe.text_encoder.forward = lambda input_ids, **more: forward(
-        input_ids=input_ids, mm_token_type_ids=(input_ids == place).int(), **more)
+def load_editor_models(folder, dtype):
+    """The models of a pipeline by name, such as transformer and vae, with all their weights."""
+    models = {}
+    for name, entry in diffusers.DiffusionPipeline.load_config(folder).items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        library, class_name = entry
+        model_class = getattr(importlib.import_module(library), class_name, None)
+        if model_class is None or not issubclass(model_class, nn.Module):
+            continue                                        # a tokenizer or a scheduler
+        models[name], info = model_class.from_pretrained(
+            folder, subfolder=name, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:            # the libraries would fill them with random numbers
+            missing = sorted(info["missing_keys"])[:3]
+            raise SystemExit(f"{folder}: the {name} lacks the weights {missing} ...")
+    return models
 
 
-def connect(vlm, device):
-    """ask(chats, max_new, temperature, seed) of a folder, a hub id or http://host:port/v1."""
-    if "://" in vlm:
-        return partial(ask_server, vlm)
-    dtype = "auto" if device.type == "cuda" else torch.float32
-    return partial(ask_model, *load_vlm(vlm, device, dtype))
+def patch_qwen_pipeline(pipe, folder):
+    """Let Qwen-Image-Edit work without torchvision, and with the image positions of its VLM."""
+    image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(
+        folder, subfolder="processor")
+    image_token_id = pipe.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    original_forward = pipe.text_encoder.forward
 
+    def process(text, images, **unused):
+        return tokenize_with_images(pipe.tokenizer, image_processor, text, images)
 
-def load_vlm(folder, device, dtype):
-    """(model, Encoder) of a local folder or hub id: any Qwen2.5-VL or Qwen3-VL."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        return model.to(device).eval(), Encoder(folder)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is no Qwen2.5-VL or Qwen3-VL: {str(error).splitlines()[0]}")
+    def forward(input_ids, **inputs):
+        # diffusers forgets mm_token_type_ids, and images would get the positions of text.
+        is_image = (input_ids == image_token_id).int()
+        return original_forward(input_ids=input_ids, mm_token_type_ids=is_image, **inputs)
 
-
-def place_pictures(images, tokenizer, pictures, texts):
-    """Texts as model inputs; their placeholders, in order, stand for the pictures."""
-    inputs = images(pictures, return_tensors="pt")
-    sizes = iter((inputs["image_grid_thw"].prod(-1) // images.merge_size ** 2).tolist())
-    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(sizes), t) for t in texts]
-    inputs.update(tokenizer(texts, return_tensors="pt", padding=True))
-    places = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return inputs | dict(mm_token_type_ids=places.int())        # without it no 3-D positions
-
-
-class Encoder:
-    """Chats with pictures -> left-padded model inputs: an AutoProcessor without torchvision."""
-
-    def __init__(self, folder):
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.banned = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.ends = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]   # either may end it
-
-    def __call__(self, chats):
-        text = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        images = [part["image"] for [turn] in chats for part in turn["content"] if "image" in part]
-        return place_pictures(self.images, self.tokenizer, images, text)
-
-
-def sample_by_inverse_cdf(log_probs, uniforms):
-    """One token per row, the first whose cumulative probability exceeds the row's own number."""
-    cdf = log_probs.exp().cumsum(-1)
-    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
-
-
-@torch.no_grad()
-def ask_model(model, encode, chats, max_new, temperature, seeds):
-    """One reply per chat by `generate`: greedy at temperature 0, else drawn by a seed per chat."""
-    inputs = encode(chats).to(model.device)
-    start = inputs["input_ids"].shape[1]
-    numbers = [np.random.default_rng(seed).random(max_new) for seed in seeds or ()]
-
-    def sample(input_ids, logits):
-        log_probs = (logits.float() / temperature).log_softmax(-1)
-        uniforms = [row[input_ids.shape[1] - start] for row in numbers]
-        uniforms = torch.tensor(uniforms, dtype=torch.float32, device=logits.device)
-        token = sample_by_inverse_cdf(log_probs, uniforms.clamp(max=1 - 1e-7))
-        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0)
-
-    how = transformers.GenerationConfig(   # what is left out here the model's own settings decide
-        max_new_tokens=max_new, do_sample=False, repetition_penalty=1.0,
-        suppress_tokens=encode.banned, eos_token_id=encode.ends, pad_token_id=encode.ends[1])
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        tokens = model.generate(**inputs, generation_config=how, synced_gpus=False,
-                                logits_processor=[sample] if temperature else [])
-    tokens = tokens[:, start:]
-    return encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-
-def ask_server(url, chats, max_new, temperature, seeds):
-    """One reply per chat from a server of OpenAI's protocol (vLLM, SGLang), or its Exception."""
-    url, _, name = url.partition("#")                     # URL#NAME where it serves several models
-    client = InferenceClient(base_url=url, api_key=os.getenv("OPENAI_API_KEY", "none"), timeout=300)
-
-    def reply(chat, seed, wait=1):
-        content = [*chat[0]["content"]]
-        for i, part in enumerate(content):
-            if "image" in part:
-                part["image"].save(png := io.BytesIO(), "PNG")
-                data = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-                content[i] = dict(type="image_url", image_url=dict(url=data))
-        try:
-            return client.chat_completion(
-                [dict(role="user", content=content)], model=name or "default", seed=seed,
-                max_tokens=max_new, temperature=temperature).choices[0].message.content or ""
-        except Exception as error:               # a network fails in more ways than one can list
-            if wait > 4:
-                return error
-        time.sleep(wait)
-        return reply(chat, seed, 2 * wait)
-
-    replies = [*ThreadPoolExecutor(16).map(reply, chats, seeds or [0] * len(chats))]
-    if all("Connect" in type(reply).__name__ for reply in replies):
-        raise SystemExit(f"{url} does not answer ({replies[0]!r}). The same command goes on later.")
-    return replies
-
-
-def batch_rows(n, size, seed, step):
-    """The row numbers of one step: every epoch is its own permutation, cut into whole batches."""
-    epoch, place = divmod(step, n // size)
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    return order[place * size:(place + 1) * size].tolist()
-
-
-def seed_of(*key):
-    """A seed of its own for every key, such as (seed, stage, row id, k)."""
-    return int(np.random.SeedSequence([*repr(key).encode()]).generate_state(1)[0])
-
-
-def setup():
-    """Join the process group that torchrun announced, or run alone: rank, world size, device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cuda.enable_cudnn_sdp(False)     # its gradients are wrong (pytorch 196678)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def gather_rows(rows):
-    """The lists of all ranks, joined in rank order, on every rank."""
-    parts = [rows]
-    if dist.is_initialized():
-        parts *= dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-    return sum(parts, [])
-
-
-STATE = states.StateDictOptions(                        # one file, whatever the number of ranks
-    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-
-
-def start_run(args, model, optimizer, rank):
-    """Begin a run in --out, or go on with its last state: the step to begin with."""
-    out, saved = Path(args.out), dict(step=0, logged=0)
-    if args.resume and (out / "state.pt").exists():
-        saved = torch.load(out / "state.pt", weights_only=True, mmap=True)
-        states.set_state_dict(model, optimizer, model_state_dict=saved["model"],
-                              optim_state_dict=saved["optimizer"], options=STATE)
-    if rank == 0:
-        if (out / "metrics.jsonl").exists() and not args.resume:
-            raise SystemExit(f"{out} holds an earlier run: --resume it, or give another --out.")
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1))
-        with open(out / "metrics.jsonl", "ab") as file:
-            file.truncate(saved["logged"])              # rows since the state come again
-    args.begun, args.first = time.time(), saved["step"]
-    return args.first
-
-
-def save_state(out, step, model, optimizer, rank):
-    """All that --resume needs, written beside and renamed: a kill leaves one of the two."""
-    weights, moments = states.get_state_dict(model, optimizer, options=STATE)     # of all ranks
-    if rank == 0:
-        torch.save(dict(step=step, logged=os.path.getsize(f"{out}/metrics.jsonl"), model=weights,
-                        optimizer=moments), f"{out}/state.tmp")
-        os.replace(f"{out}/state.tmp", f"{out}/state.pt")
-
-
-def log_step(args, step, metrics):
-    """One line on the screen, one row in metrics.jsonl (null: no number)."""
-    metrics = {name: float(value) for name, value in metrics.items()}
-    eta = (time.time() - args.begun) / max(1, step - args.first) * (args.steps - step) / 60
-    print(f"step {step:4d}/{args.steps} | {' | '.join(f'{k} {v:.3g}' for k, v in metrics.items())}"
-          f" | eta {eta:.1f} min", flush=True)
-    row = dict(step=step) | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    with open(f"{args.out}/metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    pipe.processor = process
+    pipe.text_encoder.forward = forward
 
 
 if __name__ == "__main__":

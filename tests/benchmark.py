@@ -5,7 +5,7 @@
 One pair, two images of 256 tokens each, prompts of some 600 tokens, N verdicts of 150 tokens, on a random
 Qwen2.5-VL; the ways take turns on the same model, prompts and sampled tokens; compared are medians of five:
 
-    ours    train_gcpo.py: `rollout` and `verdict_logps`, which compute a prompt once for its N verdicts
+    ours    train_gcpo.py: `Policy.sample` and `Policy.get_per_token_logps`, which run a prompt once
     plain   `model.generate(num_return_sequences=N)`, then N rows [prompt | verdict] per image in the update
     floor   the matrix products and attentions of ours, recorded once and computed again on their own
 
@@ -107,7 +107,7 @@ def kept_bytes(work):
 # ---------------------------------------------------------------- GCPO
 
 def build_gcpo(width=256, layers=6, depth=4):
-    """(random model, Encoder, two chats): the toy's tokenizer, images of 256 x 256 = 256 tokens."""
+    """(random Policy, two prompts): the toy's tokenizer, images of 256 x 256 = 256 tokens."""
     folder = ROOT / "toy" / "models" / "vlm"
     config = AutoConfig.from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
@@ -119,84 +119,89 @@ def build_gcpo(width=256, layers=6, depth=4):
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration._from_config(
         config, attn_implementation="sdpa", dtype=torch.float32).to(DEVICE).eval()
-    encode = G.Encoder(folder)
-    encode.images.size = dict(shortest_edge=256 * 256, longest_edge=256 * 256)
-    encode.ends = [-1]                                               # every verdict has its full length
-    picture = (torch.rand(256, 256, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    processor = G.Processor(folder)
+    processor.image_processor.size = dict(shortest_edge=256 * 256, longest_edge=256 * 256)
+    processor.eos_token_ids = [-1]                                   # every verdict has its full length
+    policy = G.Policy(model, processor).to(DEVICE)
+    image = (torch.rand(256, 256, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
     principles = [dict(question=f"Is there a red circle at the top left of place {i}?", category="follow")
                   for i in range(8)]
-    chats = [G.verdict_chat(*map(Image.fromarray, images), "change the red circle to blue", principles)
-             for images in ((picture, picture.copy()), (picture, 255 - picture))]
-    return model, encode, chats
+    prompts = [G.verdict_chat(*map(Image.fromarray, images), "change the red circle to blue", principles)
+               for images in ((image, image.copy()), (image, 255 - image))]
+    return policy, prompts
 
 
-def plain_rollout(model, encode, chats, n, tokens):
-    """generate() with N rows per chat; the sampler is bent to `tokens`, whose log-probs it returns."""
-    inputs, found = {k: v.to(DEVICE) for k, v in encode(chats).items()}, []
-    banned = torch.tensor(encode.banned, device=DEVICE)
+def plain_rollout(policy, prompts, n, tokens):
+    """generate() with N rows per prompt; the sampler is bent to `tokens`, whose log-probs it returns."""
+    inputs, found = policy.processor(prompts).to(DEVICE), []
+    prompt_length = inputs["input_ids"].shape[1]
 
     def bend(ids, scores):
-        token = tokens[:, ids.shape[1] - inputs["input_ids"].shape[1], None]
-        found.append(G.policy_logp(scores, banned).gather(1, token))
+        token = tokens[:, ids.shape[1] - prompt_length, None]
+        logits = scores.float().index_fill(-1, policy.suppress_tokens, float("-inf"))
+        found.append(logits.log_softmax(-1).gather(1, token))
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
-    model.generate(**inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE,
-                   eos_token_id=None, pad_token_id=encode.tokenizer.pad_token_id, logits_processor=[bend])
+    policy.vlm.generate(
+        **inputs, num_return_sequences=n, do_sample=True, top_k=0, max_new_tokens=TRACE, eos_token_id=None,
+        pad_token_id=policy.processor.tokenizer.pad_token_id, logits_processor=[bend])
     return torch.cat(found, 1)
 
 
-def plain_logps(model, encode, chats, tokens, keep):
-    """log π of N verdicts (N, T) on N copies of prompt and pictures: a trainer without sharing."""
-    inputs = {k: v.to(DEVICE) for k, v in encode(chats * len(tokens)).items()}
-    ids = inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
-    inputs |= dict(attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == encode.banned[0]).int())
-    logits = model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
-    banned = torch.tensor(encode.banned, device=DEVICE)
-    return G.policy_logp(logits, banned).gather(2, tokens[:, :, None])[:, :, 0]
+def plain_logps(policy, prompts, n, tokens, mask):
+    """log pi of N verdicts (N, T) on N copies of prompt and images: a trainer without sharing."""
+    inputs = policy.processor(prompts * n).to(DEVICE)
+    ids = torch.cat([inputs["input_ids"], tokens], 1)
+    inputs["input_ids"] = ids
+    inputs["attention_mask"] = torch.ones_like(ids)
+    inputs["mm_token_type_ids"] = (ids == policy.suppress_tokens[0]).int()
+    logits = policy.vlm(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1].float()
+    logits = logits.index_fill(-1, policy.suppress_tokens, float("-inf"))
+    return logits.log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
 
 
-def update(logps, model, encode, chats, tokens, keep, old_logp, advantage):
-    """Loss and gradient, one image after the other (--micro 1); the log-probs."""
-    n, found = len(tokens) // len(chats), []
-    for chat, *rows in zip(chats, *(x.split(n) for x in (tokens, keep, old_logp, advantage))):
-        logp = logps(model, encode, [chat], rows[0], rows[1])
-        G.clipped_loss(logp, rows[2], rows[3], rows[1], 0.2).backward()
+def update(logps, policy, n, batch):
+    """Loss and gradient, one edit after the other (--micro_batch_size 1); the log-probs."""
+    found = []
+    for e, prompt in enumerate(batch.prompts):
+        rows = slice(e * n, (e + 1) * n)
+        logp = logps(policy, [prompt], n, batch.tokens[rows], batch.mask[rows])
+        G.clipped_loss(logp, batch.old_logps[rows], batch.advantage[rows], batch.mask[rows], 0.2).backward()
         found.append(logp.detach())
     return torch.cat(found)
 
 
-def compare(model, encode, batch, generated):
+def compare(policy, n, batch, generated):
     """Prints how far log-probs and gradients of the two ways are apart."""
     logp, grads = [], []
-    for logps in (G.verdict_logps, plain_logps):
-        logp.append(update(logps, model, encode, *batch))
-        grads.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
+    for logps in (G.Policy.get_per_token_logps, plain_logps):
+        logp.append(update(logps, policy, n, batch))
+        grads.append({k: p.grad.clone() for k, p in policy.named_parameters() if p.grad is not None})
+        policy.zero_grad()
     apart = max((ours - plain).norm() / plain.norm().clamp(min=1e-12) for ours, plain in zip(
         grads[0].values(), grads[1].values(), strict=True))
-    print(f"prompt {encode(batch[0])['input_ids'].shape[1]} tokens, verdicts {batch[1].shape[1]} | furthest "
-          f"apart: log-probs {(logp[0] - logp[1]).abs().max():.1e}, generate's "
-          f"{(generated - batch[3]).abs().max():.1e}, gradient of a tensor {apart:.1e} (relative)")
+    print(f"prompt {policy.processor(batch.prompts)['input_ids'].shape[1]} tokens, verdicts {batch.tokens.shape[1]}"
+          f" | furthest apart: log-probs {(logp[0] - logp[1]).abs().max():.1e}, generate's "
+          f"{(generated - batch.old_logps).abs().max():.1e}, gradient of a tensor {apart:.1e} (relative)")
 
 
-def measure_gcpo(model, encode, chats, n):
-    u = G.uniforms([("benchmark", k) for k in range(2 * n)], TRACE)
-    tokens, old_logp, keep = G.rollout(model, encode, chats, n, u)
+def measure_gcpo(policy, prompts, n):
+    u = torch.stack([G.uniform_numbers(G.derive_seed("benchmark", k), TRACE) for k in range(2 * n)])
+    tokens, old_logps, mask = policy.sample(prompts, n, u)
     advantage = torch.randn(2 * n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    batch = chats, tokens, keep, old_logp, advantage
+    batch = SimpleNamespace(prompts=prompts, tokens=tokens, mask=mask, old_logps=old_logps, advantage=advantage)
     print(f"N = {n}:", end=" ")
-    compare(model, encode, batch, plain_rollout(model, encode, chats, n, tokens))
-    ours = [lambda: G.rollout(model, encode, chats, n, u),
-            lambda: update(G.verdict_logps, model, encode, *batch)]
-    plain = [lambda: plain_rollout(model, encode, chats, n, tokens),
-             lambda: update(plain_logps, model, encode, *batch)]
+    compare(policy, n, batch, plain_rollout(policy, prompts, n, tokens))
+    ours = [lambda: policy.sample(prompts, n, u),
+            lambda: update(G.Policy.get_per_token_logps, policy, n, batch)]
+    plain = [lambda: plain_rollout(policy, prompts, n, tokens), lambda: update(plain_logps, policy, n, batch)]
     with Recorder() as recorder:
         ours[0](), ours[1]()
     took = in_turns(rollout=ours[0], update=ours[1], plain_rollout=plain[0], plain_update=plain[1],
                     floor=recorder.replay)
     step, plain_step = took["rollout"] + took["update"], took["plain_rollout"] + took["plain_update"]
     memory = [kept_bytes(way[1]) for way in (ours, plain)]
-    model.zero_grad()
+    policy.zero_grad()
     print("    " + ", ".join(f"{name} {value:.2f} s" for name, value in took.items())
           + f" ({len(recorder.calls)} products) | kept for the backward pass of one image: "
           + ", plain ".join(f"{value / 2**20:.0f} MiB" for value in memory))
@@ -205,23 +210,24 @@ def measure_gcpo(model, encode, chats, n):
 
 # ---------------------------------------------------------------- Flow-GRPO
 
-def measure_flow(editor, prompts=16, group=12):
+def measure_flow(name, num_prompts=16, group_size=12):
     """One iteration without its verdicts (rollout, decoding, update) over its transformer calls alone."""
-    args = SimpleNamespace(seed=0, size=32, prompts="", group_size=group, num_steps=6, sampler="sde", noise_level=0.7,
-                           sde_window=2, micro=16, guidance=0, updates=4, clip_eps=1e-3, beta=0.2)
-    pipe = F.load_editor(ROOT / "toy" / "models" / editor, DEVICE)
-    params = F.add_lora(pipe.transformer, F.LORA_LAYERS, 16)
+    args = SimpleNamespace(seed=0, resolution=32, prompts="", num_inference_steps=6, noise_level=0.7,
+                           sde_window_size=2, micro_batch_size=16, num_minibatches=4, clip_eps=1e-3, beta=0.2)
+    pipe = F.load_editor(ROOT / "toy" / "models" / name, DEVICE)
+    editor = F.EDITORS[type(pipe).__name__](pipe, None)
+    params = F.add_lora(pipe.transformer, editor.lora_layers, 16)
     optimizer = torch.optim.AdamW(params, lr=0.0)
-    advantages = torch.randn(prompts, group, generator=torch.Generator().manual_seed(0))
+    advantages = torch.randn(num_prompts, group_size, generator=torch.Generator().manual_seed(0))
     calls, rows, folder = [], [], tempfile.mkdtemp()
-    for i, (scene, instruction, _) in enumerate(world.edits_of("rl", prompts)):
+    for i, (scene, instruction, _) in enumerate(world.edits_of("rl", num_prompts)):
         world.to_pil(world.render([scene])[0]).save(f"{folder}/{i}.png")
-        rows.append(dict(id=i, instruction=instruction, source=f"{folder}/{i}.png"))
+        rows.append(dict(id=str(i), instruction=instruction, source=f"{folder}/{i}.png"))
 
     def iteration():
-        read = F.read_prompts(pipe, rows, args, DEVICE)
-        _, steps = F.rollout_edits(pipe, read, group, 0, args, range(args.sde_window))
-        F.update(pipe, params, optimizer, read, steps, advantages, args)
+        prompts = F.encode_prompts(editor, rows, args)
+        _, transitions = F.rollout_edits(editor, prompts, group_size, 0, range(args.sde_window_size), args)
+        F.update_lora(editor, params, optimizer, prompts, transitions, advantages, 0, args)
 
     def floor():
         for kwargs, grad in calls:
@@ -236,18 +242,19 @@ def measure_flow(editor, prompts=16, group=12):
     iteration()
     hook.remove()
     took = in_turns(iteration=iteration, floor=floor)
-    evaluations = sum(len(kwargs["hidden_states"]) * (1 + grad) for kwargs, grad in calls) / (prompts * group)
-    print(f"Flow-GRPO, {editor}: {took['iteration']:.2f} s an iteration of {prompts * group} edits, "
+    num_edits = num_prompts * group_size
+    evaluations = sum(len(kwargs["hidden_states"]) * (1 + grad) for kwargs, grad in calls) / num_edits
+    print(f"Flow-GRPO, {name}: {took['iteration']:.2f} s an iteration of {num_edits} edits, "
           f"floor {took['floor']:.2f} s")
     return took["iteration"] / took["floor"], evaluations
 
 
 def main():
-    model, encode, chats = build_gcpo()
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {DEVICE.type}, "
+    policy, prompts = build_gcpo()
+    print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {DEVICE.type}, "
           f"{torch.get_num_threads()} thread(s)")
-    speed8, over_floor, memory = measure_gcpo(model, encode, chats, 8)
-    speed16, over_floor16, _ = measure_gcpo(model, encode, chats, 16)
+    speed8, over_floor, memory = measure_gcpo(policy, prompts, 8)
+    speed16, over_floor16, _ = measure_gcpo(policy, prompts, 16)
     found = dict(gcpo_speedup_n8=speed8, gcpo_speedup_n16=speed16, gcpo_over_floor=over_floor,
                  gcpo_over_floor_n16=over_floor16, gcpo_memory_ratio=memory)
     found |= dict(zip(("flow_over_floor", "evaluations_per_image"), measure_flow("editor")))

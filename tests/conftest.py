@@ -1,4 +1,4 @@
-"""Random tiny VLMs and a few rows of the toy world, made once for all tests; and ways to run a script."""
+"""Random tiny VLMs, a few rows of the toy world, and ways to run a script, for all tests."""
 import importlib
 import json
 import os
@@ -13,11 +13,12 @@ os.environ["OMP_NUM_THREADS"] = "1"          # the models are tiny: a second thr
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil,
+                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "data")]
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
@@ -50,21 +51,23 @@ def build_vlm(folder, hidden=64, layers=2, seed=0, phrases=(), qwen3=False):
     tokenizer = byte_tokenizer(phrases)
     ids = tokenizer.convert_tokens_to_ids
     shape = dict(hidden_size=hidden, intermediate_size=3 * hidden, initializer_range=hidden ** -0.5)
-    side, patch = hidden // 8 * 3 // 8, 16 if qwen3 else 8
-    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[hidden // 8 - 2 * side, side, side])
+    side = hidden // 8 * 3 // 8
+    patch = 16 if qwen3 else 8
+    rope = dict(rope_type="default", rope_theta=1e4,
+                mrope_section=[hidden // 8 - 2 * side, side, side])
     text = dict(
         **shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=32768, rope_parameters=rope,
-        tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"),
+        num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=32768,
+        rope_parameters=rope, tie_word_embeddings=True, bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"),
         pad_token_id=ids("<|endoftext|>"))
     vision = dict(**shape, depth=2, num_heads=4, patch_size=patch, spatial_merge_size=2,
                   temporal_patch_size=2, out_hidden_size=hidden)
     vision |= (dict(num_position_embeddings=16, deepstack_visual_indexes=[0]) if qwen3 else
                dict(fullatt_block_indexes=[0, 1], window_size=64))
     torch.manual_seed(seed)
-    config, family = ((Qwen3VLConfig, Qwen3VLForConditionalGeneration) if qwen3 else
-                      (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration))
-    model = family(config(
+    config_class = Qwen3VLConfig if qwen3 else Qwen2_5_VLConfig
+    model_class = Qwen3VLForConditionalGeneration if qwen3 else Qwen2_5_VLForConditionalGeneration
+    model = model_class(config_class(
         text_config=text, vision_config=vision, image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"), vision_start_token_id=ids("<|vision_start|>"),
         vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True))
@@ -86,17 +89,19 @@ def read_rows(path):
 
 
 def run_script(name, *flags, ranks=1, check=True, timeout=600, **more):
-    """`python name flags` or the same under torchrun; the finished process with its output as text."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*map(str, [sys.executable, *torchrun * (ranks > 1), ROOT / name, *flags])]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
-                          **more) as run:
-        late = Timer(timeout, run.terminate)         # torchrun then ends ranks that wait for each other
+    """`python name flags`, or the same by torchrun; returns the process with its output as text."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(part) for part in (ROOT / name, *flags)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          cwd=ROOT, **more) as run:
+        late = Timer(timeout, run.terminate)    # torchrun then ends ranks that wait for each other
         late.daemon = True
         late.start()
         text = run.communicate()[0]
         late.cancel()
-    assert not check or run.returncode == 0, text[-4000:]
+    assert not check or run.returncode == 0, text[max(0, len(text) - 4000):]
     return subprocess.CompletedProcess(command, run.returncode, text)
 
 
@@ -110,14 +115,15 @@ def say_verdict(verdict, score):
 def phrases():
     """Every fixed line of the verdict's prompt, and 16 whole verdicts on two questions.
 
-    A verdict is thus one token among 291: a random model writes readable ones by chance, reinforcement
-    can act on them, and verdicts have very different lengths.
+    A verdict is thus one token among 291: a random model writes readable ones by chance,
+    reinforcement can act on them, and verdicts have very different lengths.
     """
     rules = importlib.import_module("train_gcpo").VERDICT_RULES
-    words = ["Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n", "- (follow) ",
-             "- (keep) ", "- (quality) ", "Are all other places empty?", "Is the picture clean?",
-             "change the ", "background"]
-    return [rules, *words, *(say_verdict([i % 2, i // 2 % 2], i % 16 * 0.625) for i in range(16))]
+    words = ["Source image: ", "\nEdited image: ", "\nInstruction: ", "\nQuestions:\n",
+             "- (follow) ", "- (keep) ", "- (quality) ", "Are all other places empty?",
+             "Is the picture clean?", "change the ", "background"]
+    verdicts = [say_verdict([i % 2, i // 2 % 2], i % 16 * 0.625) for i in range(16)]
+    return [rules] + words + verdicts
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +143,9 @@ def toy_rows(tmp_path_factory):
     """(folder, rows): 24 toy edits with source, a right and a wrong edit, and two principles each."""
     import random
     import world
-    folder, rng, rows = tmp_path_factory.mktemp("rows"), random.Random(0), []
+    folder = tmp_path_factory.mktemp("rows")
+    rng = random.Random(0)
+    rows = []
     for i in range(24):
         scene = world.random_scene(rng)
         instruction, target = world.random_edit(rng, scene)
@@ -163,11 +171,13 @@ def pairs(toy_rows):
 def sft(toy_rows):
     """sft.jsonl of the toy rows: the right edit and the wrong one, each with a teacher's verdict."""
     folder, rows = toy_rows
-    keys = ("source", "instruction", "principles")
-    return write_rows(folder / "sft.jsonl", [
-        {k: r[k] for k in keys} | dict(id=f"{r['id']}/{name}/0", edit=r[name], gold=gold,
-                                       text=say_verdict(gold, score))
-        for r in rows for name, gold, score in (("right", [1, 1], 8.75), ("wrong", [0, 1], 3.125))])
+    sft_rows = []
+    for row in rows:
+        for name, gold, score in (("right", [1, 1], 8.75), ("wrong", [0, 1], 3.125)):
+            sft_row = {k: row[k] for k in ("source", "instruction", "principles")}
+            sft_rows.append(sft_row | dict(id=f"{row['id']}/{name}/0", edit=row[name], gold=gold,
+                                           text=say_verdict(gold, score)))
+    return write_rows(folder / "sft.jsonl", sft_rows)
 
 
 def pytest_collection_modifyitems(items):
@@ -177,7 +187,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def learned(request, tmp_path_factory):
-    """Future of the folder that test_learns.py looks at: takes as long as all other tests, beside them."""
+    """Future of the folder that test_learns.py reads; it is made while the other tests run."""
     for item in request.session.items:
         if item.path.name == "test_learns.py":
             return ThreadPoolExecutor(1).submit(item.module.learn, tmp_path_factory.mktemp("learned"))
@@ -198,6 +208,7 @@ def run_here(monkeypatch, capsys):
 def weight_difference(folder_a, folder_b):
     """Largest absolute difference between two saved models with the same tensors."""
     from safetensors.torch import load_file
-    a, b = (load_file(Path(folder) / "model" / "model.safetensors") for folder in (folder_a, folder_b))
+    a = load_file(Path(folder_a, "model", "model.safetensors"))
+    b = load_file(Path(folder_b, "model", "model.safetensors"))
     assert a.keys() == b.keys()
     return max((a[k] - b[k]).abs().max().item() for k in a)

@@ -78,54 +78,58 @@ def qwen():
     pipe = diffusers.QwenImageEditPipeline(
         scheduler=toy.scheduler, tokenizer=toy.tokenizer, processor=None, text_encoder=reader,
         vae=build(diffusers.AutoencoderKLQwenImage), transformer=build(diffusers.QwenImageTransformer2DModel, **M.QWEN))
-    F.mend_qwen(pipe, folder)
+    F.patch_qwen_pipeline(pipe, folder)
     return pipe
 
 
-def flow_grpo(peak, make=kontext, prompts=2, group=12, micro=12):
-    """One iteration: `prompts` times `group` edits; the same phases as in train_flow_grpo.py's loop."""
-    args = SimpleNamespace(seed=0, size=512, num_steps=6, sampler="sde", noise_level=0.7, sde_window=2,
-                           micro=micro, guidance=0, updates=1, clip_eps=1e-4, beta=0.004)
+def flow_grpo(peak, make=kontext, num_prompts=2, group=12, micro=12):
+    """One iteration: `num_prompts` times `group` edits; the same phases as in train_flow_grpo.py's loop."""
+    args = SimpleNamespace(seed=0, resolution=512, num_inference_steps=6, noise_level=0.7, sde_window_size=2,
+                           micro_batch_size=micro, num_minibatches=1, clip_eps=1e-4, beta=0.004)
     folder = tempfile.mkdtemp()
     args.prompts = f"{folder}/principles.jsonl"
-    rows = [dict(id=i, source=f"{i}.png", instruction=f"make picture {i} red") for i in range(prompts)]
+    rows = [dict(id=str(i), source=f"{i}.png", instruction=f"make picture {i} red") for i in range(num_prompts)]
     for row in rows:
         Image.effect_noise((512, 512), 80).save(f"{folder}/{row['source']}")
     pipe = measure(f"build {make.__name__}", make)
-    params = F.add_lora(pipe.transformer, F.LORA_LAYERS, 64)
+    editor = F.EDITORS[type(pipe).__name__](pipe, None)
+    params = F.add_lora(pipe.transformer, editor.lora_layers, 64)
     pipe.transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4)
 
-    read = F.read_prompts(pipe, rows[:1], args, DEVICE)                         # warm-up
-    edits, steps = F.rollout_edits(pipe, read, micro, 0, args, range(2))
+    prompts = F.encode_prompts(editor, rows[:1], args)                          # warm-up
+    edits, transitions = F.rollout_edits(editor, prompts, micro, 0, range(2), args)
     with FlopCounterMode(display=False) as counter:
-        F.predict_velocity(pipe, steps[0][4], steps[0][2], read[0]["cond"])
+        editor.predict_velocity(transitions[0].x, transitions[0].sigma, prompts[0].cond)
     work = counter.get_total_flops() / micro
     print(f"| one edit through the transformer: {work / 1e12:.1f} TFLOP | | | |")
     share = lambda calls: lambda took: (
-        f"{took / prompts / group:.2f} s an edit, {calls * work * prompts * group / took / peak / 1e10:.0f} %")
-    F.update(pipe, params, optimizer, read, steps, torch.randn(1, micro), args)
+        f"{took / num_prompts / group:.2f} s an edit, {calls * work * num_prompts * group / took / peak / 1e10:.0f} %")
+    F.update_lora(editor, params, optimizer, prompts, transitions, torch.randn(1, micro), 0, args)
 
     torch.cuda.empty_cache()
     measure("at rest, after one update", lambda: None)
     begun = time.perf_counter()
-    read = measure("texts and sources", lambda: F.read_prompts(pipe, rows, args, DEVICE))
-    edits, steps = measure(f"rollout of {prompts} x {group} edits, {micro} at once, decoded",
-                           lambda: F.rollout_edits(pipe, read, group, 0, args, range(2)), share(6))
-    ratios, kl, norm = measure("update", lambda: F.update(
-        pipe, params, optimizer, read, steps, torch.randn(prompts, group), args), share(6))
+    prompts = measure("texts and sources", lambda: F.encode_prompts(editor, rows, args))
+    edits, transitions = measure(f"rollout of {num_prompts} x {group} edits, {micro} at once, decoded",
+                                 lambda: F.rollout_edits(editor, prompts, group, 0, range(2), args), share(6))
+    found = measure("update", lambda: F.update_lora(
+        editor, params, optimizer, prompts, transitions, torch.randn(num_prompts, group), 0, args), share(6))
     took = time.perf_counter() - begun
     print(f"| iteration without verdicts | {took:.2f} | | {share(12)(took)}; ratio off 1 by "
-          f"{max(abs(ratio - 1) for ratio in ratios):.1e}, KL {kl:.1e} |")
+          f"{found['max_ratio_deviation']:.1e}, KL {found['kl']:.1e} |")
 
 
 def verdicts(_, edits=48, length=200):
     """A 7B RRM in bf16 judges greedily, as `score_edits` asks: one batch, prompts of M.P tokens."""
-    model, encode = build_vlm("7B", torch.bfloat16), partial(without_pictures)
-    encode.tokenizer = SimpleNamespace(batch_decode=lambda tokens, **_: [""] * len(tokens))
-    encode.banned, encode.ends = M.encode.banned, M.encode.ends
-    measure(f"{edits} verdicts of {length} tokens by a 7B", lambda: F.ask_model(
-        model, encode, [M.P] * edits, length, 0, 0), lambda took: f"{edits * length / took:.0f} tokens a second")
+    model = build_vlm("7B", torch.bfloat16)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[151645, 151643], pad_token_id=151643)
+    processor = partial(without_pictures)
+    processor.tokenizer = SimpleNamespace(batch_decode=lambda tokens, **_: [""] * len(tokens))
+    processor.suppress_tokens = [151655, 151656]
+    measure(f"{edits} verdicts of {length} tokens by a 7B", lambda: F.generate_texts(
+        model, processor, [M.P] * edits, length, 0.0, [0] * edits),
+        lambda took: f"{edits * length / took:.0f} tokens a second")
 
 
 def without_pictures(chats):
@@ -143,27 +147,31 @@ def build_vlm(size, dtype):
 def train_vlm(_, size="3B", rows=M.ROWS, verdict=M.T):
     """SFT and GCPO: fp32 weights, bf16 arithmetic, on one GPU."""
     G.load_vlm, encode = lambda *_: (build_vlm(size, torch.float32), M.encode), M.encode
-    model, _ = measure(f"build {size}", lambda: G.load_policy(None, DEVICE, 1))
-    optimizer = M.used_optimizer([p for p in model.parameters() if p.requires_grad])
+    policy = measure(f"build {size}", lambda: G.load_policy(None, DEVICE, 1))
+    optimizer = M.used_optimizer([p for p in policy.parameters() if p.requires_grad])
     half, n, edits = torch.autocast("cuda", torch.bfloat16), M.N, M.EDITS
 
     def step():
         optimizer.step()
         optimizer.zero_grad()
 
+    def sft():
+        batch = S.make_batch(encode, [M.P] * rows, [""] * rows)
+        S.response_loss(S.verdict_logits(policy.vlm, encode, batch), batch.labels).backward()
+
     def gcpo(logps):
-        logp = half(logps)(model, encode, [M.P], tokens[:n], keep[:n])
+        logp = half(logps)(policy, [M.P], n, tokens[:n], keep[:n])
         G.clipped_loss(logp, logp.detach(), torch.randn(n, device=DEVICE), keep[:n], 0.2).backward()
 
     for k in ("first", "again"):
-        measure(f"{size} SFT: {rows} rows of {M.P + M.T} tokens, {k}", lambda: S.verdict_loss(
-            model, encode, [M.P] * rows, [""] * rows).backward(), lambda took: f"{rows / took:.1f} rows a second")
+        measure(f"{size} SFT: {rows} rows of {M.P + M.T} tokens, {k}",
+                sft, lambda took: f"{rows / took:.1f} rows a second")
         measure("AdamW", step)
     rate = lambda rows: lambda took: f"{rows * verdict / took:.0f} tokens a second"
     tokens, logp, keep = measure(f"{size} GCPO: rollout of {edits} x {n} verdicts of {verdict} tokens", lambda: half(
-        G.rollout)(model, encode, [M.P] * edits, n, torch.rand(edits * n, verdict)), rate(edits * n))
+        policy.sample)([M.P] * edits, n, torch.rand(edits * n, verdict)), rate(edits * n))
     for k in ("first", "again"):
-        measure(f"{size} GCPO: update on one edit, {k}", lambda: gcpo(G.verdict_logps), rate(n))
+        measure(f"{size} GCPO: update on one edit, {k}", lambda: gcpo(G.Policy.get_per_token_logps), rate(n))
     measure("AdamW", step)
     for k in ("first", "again"):
         measure(f"the same with a prompt a verdict, {k}", lambda: gcpo(B.plain_logps), rate(n))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_flow_grpo as F, train_gcpo as G, train_sft as S        # noqa: E402
 
 CARD, P, T = 83, 1650, 600                  # GB beside CUDA's own; tokens of a prompt, of a verdict
-N, ROWS, EDITS = 8, 4, 16                   # verdicts an edit; --micro of SFT; --rollout_edits
+N, ROWS, EDITS = 8, 4, 16                   # verdicts an edit; --micro_batch_size of SFT; --rollout_batch_size
 SIDE, RANK, PROMPTS, GROUP = 32, 64, 48, 24     # 512 / 16; --lora_rank, --prompts_per_step, --group_size
 SIDES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 VLM = {"3B": dict(zip(SIDES, (2048, 11008, 36, 16, 2)), vocab_size=151936),
@@ -53,7 +53,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         packet, x = op.overloadpacket, args[0] if args else None
         if packet is aten._local_scalar_dense:                              # x.item(), bool(x)
-            return self.yes if x.dtype == torch.bool else SIDE
+            return self.yes if x.dtype == torch.bool else float(SIDE) if x.is_floating_point() else SIDE
         if packet is aten.nonzero:
             out = torch.arange(len(x))[:, None]
         elif packet is aten.masked_select:
@@ -118,15 +118,15 @@ def vlm(size, dtype=torch.bfloat16):
 
 
 def encode(chats):
-    """Stands in for the Encoder; a chat is its number of tokens."""
+    """Stands in for the Processor; a chat is its number of tokens."""
     ids = torch.zeros(len(chats), chats[0], dtype=torch.long)
     return transformers.BatchFeature(dict(
         input_ids=ids, attention_mask=ids + 1, mm_token_type_ids=ids.int(), image_grid_thw=ids[:, :3]))
 
 
-encode.banned, encode.ends = [151655, 151656], [151645, 151643]
+encode.suppress_tokens, encode.eos_token_ids = [151655, 151656], [151645, 151643]
 encode.tokenizer = lambda text: dict(input_ids=[0] * (T - 1))
-encode.tokenizer.pad_token_id = 151643
+encode.tokenizer.pad_token_id, encode.tokenizer.eos_token_id = 151643, 151645
 
 
 def used_optimizer(params):
@@ -146,7 +146,8 @@ def print_row(name, *gigabytes):
 def train_vlm(size, dtype, *ranks):
     """GB a GPU of every PHASE, in fp32 on one; in bf16, which FSDP2 does not divide, plus a rank's share."""
     G.load_vlm, half = lambda *_: (vlm(size, dtype), encode), torch.autocast("cuda")
-    model, _ = G.load_policy(None, torch.device("cuda"), 1)
+    policy = G.load_policy(None, torch.device("cuda"), 1)
+    model = policy.vlm
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = used_optimizer(params) if dtype == torch.float32 else None
     for p in () if optimizer else params:                # their gradients leave for the shards as they come
@@ -154,40 +155,53 @@ def train_vlm(size, dtype, *ranks):
 
     def gcpo():
         tokens, keep = torch.zeros(N, T, dtype=torch.long), torch.zeros(N, T, dtype=torch.bool)
-        logp = half(G.verdict_logps)(model, encode, [P], tokens, keep)
+        logp = half(policy.get_per_token_logps)([P], N, tokens, keep)
         G.clipped_loss(logp, logp.detach(), torch.zeros(N), keep, 0.2).backward()
 
-    peaks = [peak(lambda: S.verdict_loss(model, encode, [P] * ROWS, [""] * ROWS).backward()),
-             peak(gcpo, yes=True), peak(optimizer.step) if optimizer else 0]
+    def sft():
+        batch = S.make_batch(encode, [P] * ROWS, [""] * ROWS)
+        S.response_loss(S.verdict_logits(model, encode, batch), batch.labels).backward()
+
+    peaks = [peak(sft), peak(gcpo, yes=True), peak(optimizer.step) if optimizer else 0]
     model.zero_grad()
     u, chats = torch.zeros(EDITS * N, 2), [P + T - 2] * EDITS       # two tokens, behind all the others
-    peaks.append(peak(lambda: half(G.rollout)(model, encode, chats, N, u)))
+    peaks.append(peak(lambda: half(policy.sample)(chats, N, u)))
     with torch.no_grad():
-        cache = half(G.prefill)(model, encode, [P + T], EDITS * N)[0]
+        cache = half(policy.prefill)([P + T], EDITS * N).cache
     peaks.append(sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) / 1e9)
     trained = sum(p.numel() for p in params)             # bytes: weight 4, moments 8, gradient 4, temporary 4
     shares = [4 * model.num_parameters() + each * trained for each in (12, 12, 16, 8)] + [0]
     return [[gb + (n > 1) * share / n / 1e9 for n in ranks] for gb, share in zip(peaks, shares)]
 
 
-def print_editor(name, transformer, read, words, *shape):
+def print_editor(name, family, transformer, read, *shape):
     """A step's phases on one GPU, the RRM served, and beside one of 7B in bf16."""
     half, S = partial(torch.zeros, dtype=torch.bfloat16), SIDE ** 2
-    pipe = SimpleNamespace(
-        transformer=transformer, tokenizer_2=SimpleNamespace(model_max_length=shape[0]),
-        encode_prompt=lambda *_, **__: (half(1, *shape), half(1, 768), half(shape[0], 3)),
-        _prepare_latent_image_ids=diffusers.FluxKontextPipeline._prepare_latent_image_ids)
+    pipe = SimpleNamespace(transformer=transformer, text_encoder=None, text_encoder_2=None)
+    editor = family(pipe, None)
     transformer.enable_gradient_checkpointing()
-    optimizer = used_optimizer(params := F.add_lora(transformer, F.LORA_LAYERS, RANK))
-    prompts = [dict(cond=dict(words(pipe, "", None, (SIDE, SIDE), 4, "cpu"), reference=torch.zeros(1, S, 64)))
-               for _ in range(PROMPTS)]
-    rest = half(200_000_000), torch.zeros(PROMPTS * GROUP, 3, S, 64)            # VAE, CLIP; noisy steps
-    args = SimpleNamespace(sampler="sde", updates=1, sde_window=1, noise_level=0.7, clip_eps=1e-4, beta=0.004)
+    optimizer = used_optimizer(params := F.add_lora(transformer, editor.lora_layers, RANK))
+
+    def prompt(index):
+        """What `encode` leaves behind of one prompt."""
+        if family is F.KontextEditor:
+            own = dict(pooled_prompt_embeds=half(1, 768),
+                       position_kwargs=dict(txt_ids=half(shape[0], 3), img_ids=torch.zeros(2 * S, 3)))
+        else:
+            own = dict(negative_prompt_embeds=half(1, *shape),
+                       position_kwargs=dict(img_shapes=[[(1, SIDE, SIDE)] * 2]))
+        return F.Prompt(index, {}, None, F.Conditioning(
+            image_latents=torch.zeros(1, S, 64), latent_height=SIDE, latent_width=SIDE,
+            prompt_embeds=half(1, *shape), **own))
+
+    prompts = [prompt(index) for index in range(PROMPTS)]
+    rest = half(200_000_000), torch.zeros(PROMPTS * GROUP, 3, S, 64)            # VAE, CLIP; transitions
+    args = SimpleNamespace(num_minibatches=1, sde_window_size=1, noise_level=0.7, clip_eps=1e-4, beta=0.004)
 
     def update(n):
         sigma, x = torch.zeros(()), torch.zeros(n, S, 64)
-        steps = [(0, torch.arange(n), sigma, sigma, x, x, torch.zeros(n))]
-        F.update(pipe, params, optimizer, prompts, steps, torch.zeros(PROMPTS, GROUP), args)
+        transitions = [F.Transition(prompts[0], list(range(n)), sigma, sigma, x, x, torch.zeros(n))]
+        F.update_lora(editor, params, optimizer, prompts, transitions, torch.zeros(PROMPTS, GROUP), 0, args)
 
     peaks = [peak(), peak(torch.no_grad()(read)), *(peak(partial(update, n), yes=True) for n in (12, 6))]
     print_row(f"{name}, RRM served", *peaks, None, None)
@@ -215,9 +229,9 @@ if __name__ == "__main__":
         print("\n| Flow-GRPO, GB on one GPU | at rest | texts | update, 12 edits | 6 | verdicts, 48 | 24 |")
         print("| --- " * 7 + "|")
         print_editor(
-            "FLUX.1-Kontext", build(diffusers.FluxTransformer2DModel, **KONTEXT),
+            "FLUX.1-Kontext", F.KontextEditor, build(diffusers.FluxTransformer2DModel, **KONTEXT),
             lambda: build(transformers.T5EncoderModel, transformers.T5Config(**T5))(
-                encode([512])["input_ids"]), F.kontext_words, 512, 4096)
+                encode([512])["input_ids"]), 512, 4096)
         print_editor(
-            "Qwen-Image-Edit", build(diffusers.QwenImageTransformer2DModel, **QWEN),
-            lambda: vlm("7B")(**encode([384 + 64]), output_hidden_states=True), F.qwen_words, 384, 3584)
+            "Qwen-Image-Edit", F.QwenEditor, build(diffusers.QwenImageTransformer2DModel, **QWEN),
+            lambda: vlm("7B")(**encode([384 + 64]), output_hidden_states=True), 384, 3584)

@@ -69,14 +69,14 @@ def test_votes_by_hand():
     """A tie and both bad are one class; 8.3 - 8.0 and 5.3 - 5.0 are one gap; the test's rows fit nothing."""
     rows = [voted("left", 1.5), voted("right", -2), voted("tie", 1), voted("both bad", 0), voted("left", None)]
     found = B.vote_metrics(rows, [voted("tie", 1), voted("left", 2)])
-    assert (found["mean"], found["tie_threshold"], found["unread"], found["always_tie"], found["always_left"]) == (0.6, 1, 1, 0.4, 0.4)
+    assert (found["mean"], found["tie_threshold"], found["unparsed"], found["always_tie"], found["always_left"]) == (0.6, 1, 1, 0.4, 0.4)
     assert B.vote_right(pair(8.3, 8.0, vote="tie"), B.fit_tie_threshold([pair(5.3, 5.0, vote="tie"), pair(9, 1, vote="left")]))
     with pytest.raises(SystemExit, match="rows of the test"):
         B.vote_metrics(rows, rows[:1])
 
 
 def test_the_split_leaves_sources_whole_wherever_the_scores_lie():
-    split = [B.split_by_source([dict(id=f"v{i}", source=f"{folder}{i // 2}.png") for i in range(40)]) for folder in ("", "../in/")]
+    split = [B.split_sources([dict(id=f"v{i}", source=f"{folder}{i // 2}.png") for i in range(40)]) for folder in ("", "../in/")]
     fit, test = ([row["id"] for row in part] for part in split[0])
     assert [[row["id"] for row in part] for part in split[1]] == [fit, test] and min(len(fit), len(test)) > 5
     assert not {int(i[1:]) // 2 for i in fit} & {int(i[1:]) // 2 for i in test}
@@ -99,15 +99,31 @@ def test_votes_become_pairs_and_scores_become_figures(run_here, tmp_path):
 
 
 def test_imgedit(run_here, monkeypatch, tmp_path, toy_rows):
-    """Three whole marks from 1 to 5 or nothing; --cap lets no later mark count more than the first."""
+    """Three whole ratings from 1 to 5 or nothing; --cap lets no later rating count more than the first."""
     assert B.imgedit_score([2, 5, 2], True) == 2 and B.imgedit_score([2, 5, 2], False) == 3
     assert [B.imgedit_score(bad, True) for bad in ([4.5, 5, 1], [4, 0, 5], [6, 1, 1], None)] == [None] * 4
-    replies = [json.dumps(dict(fidelity=5, compliance=2, seamlessness=2)), "no", TimeoutError("slow")]
+    replies = [evaluate.Reply(json.dumps(dict(fidelity=5, compliance=2, seamlessness=2))), evaluate.Reply("no"),
+               evaluate.Reply(error="the server is slow")]
     seen = []
-    monkeypatch.setattr(evaluate, "connect", lambda *_: lambda chats, *_: seen.extend(chats) or replies)
+
+    class FakeVLM:
+        name = "x"
+
+        def __init__(self, *_):
+            pass
+
+        def generate(self, chats, max_new_tokens):
+            seen.extend(chats)
+            return replies
+    monkeypatch.setattr(evaluate, "VLM", FakeVLM)
     folder, rows = toy_rows
     edits = write_rows(folder / "edits3.jsonl", [row | dict(edit=row["right"]) for row in rows[:3]])
-    said = run_here(B, "imgedit", "--edits", edits, "--vlm", "x", "--cap", "--out", tmp_path)
+    flags = ("imgedit", "--edits", edits, "--vlm", "x", "--out", tmp_path)
+    said = run_here(B, *flags, "--cap")
     first, second = read_rows(tmp_path / "scores.jsonl")
-    assert (first["score"], first["fidelity"], second["score"], second["reply"]) == (2, 5, None, "no") and "failed 1" in said
-    assert B.IMGEDIT_RULES in seen[0][0]["content"][-1]["text"] and evaluate.values_of(first) == dict(score=2, unparsed=False)
+    assert (first["score"], first["ratings"]["fidelity"], second["score"], second["reply"]) == (2, 5, None, "no")
+    assert "failed 1" in said and first["judge"] == "x"
+    assert B.IMGEDIT_RULES in seen[0][0]["content"][-1]["text"]
+    assert evaluate.edit_metrics(first) == dict(score=2, unparsed=0.0)
+    with pytest.raises(SystemExit, match="was begun with (--)?cap True"):
+        run_here(B, *flags)

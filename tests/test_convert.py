@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def call(command, source, out, *flags):
     """(what the command says, its exit)."""
     argv, sys.argv = sys.argv, ["convert.py", command, "--source", str(source), "--out", str(out),
                                 *flags]
-    convert.picture_index.cache_clear()
+    convert.image_index.cache_clear()
     with contextlib.redirect_stdout(io.StringIO()) as text:
         try:
             convert.main()
@@ -182,7 +183,7 @@ def test_a_killed_run_leaves_the_old_rows(tmp_path, monkeypatch):
     run("imgedit-bench", tmp_path / "in", tmp_path / "out")
     before = (tmp_path / "out/edits.jsonl").read_bytes()
     put(tmp_path / "in/basic_edit.json", {key: data[key] for key in reversed(data)})
-    calls, save = [], convert.save_picture
+    calls, save = [], convert.save_image
 
     def killed(*args):
         calls.append(args)
@@ -190,7 +191,7 @@ def test_a_killed_run_leaves_the_old_rows(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return save(*args)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(convert, "save_picture", killed)
+        patched.setattr(convert, "save_image", killed)
         call("imgedit-bench", tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out/edits.jsonl").read_bytes() == before
     run("imgedit-bench", tmp_path / "in", tmp_path / "out")
@@ -198,7 +199,7 @@ def test_a_killed_run_leaves_the_old_rows(tmp_path, monkeypatch):
 
 
 def test_bad_rows_are_counted_and_named(tmp_path):
-    """Missing, torn, 16-bit and no picture; an empty instruction; a missing field; no object."""
+    """Missing, torn, 16-bit and no image; an empty instruction; a missing field; no object."""
     imgedit_bench(tmp_path / "in")
     put(tmp_path / "in/torn.jpg", noise(1)[:-900])
     put(tmp_path / "in/torn.png", noise(1, "PNG")[:-900])
@@ -207,8 +208,8 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     good = dict(id="animal/a.jpg", prompt="ok", edit_type="add")
     bad = {"gone": (good | dict(id="animal/z.jpg"), "animal/z.jpg"),
            "jpg": (good | dict(id="torn.jpg"), "truncated"),
-           "png": (good | dict(id="torn.png"), "not a readable picture"),
-           "text": (good | dict(id="text.png"), "not a readable picture"),
+           "png": (good | dict(id="torn.png"), "not a readable image"),
+           "text": (good | dict(id="text.png"), "not a readable image"),
            "deep": (good | dict(id="deep.png"), "I;16"),
            "mute": (good | dict(prompt=" "), "no instruction"),
            "none": (good | dict(prompt=None), "no instruction"),
@@ -257,6 +258,76 @@ def test_torn_json(tmp_path):
     assert read_rows(tmp_path / "out/edits.failed.jsonl")[0]["row"] == "add_part0/1"
 
 
+def test_a_byte_order_mark_and_lines_in_a_json_file(tmp_path):
+    """Windows writes a mark at the start of a file; some data sets call JSON lines .json."""
+    data, _ = imgedit_bench(tmp_path / "in")
+    put(tmp_path / "in/basic_edit.json", b"\xef\xbb\xbf" + json.dumps(data).encode())
+    assert run("imgedit-bench", tmp_path / "in", tmp_path / "out")[1] == (3, 3, 0, 0)
+    rows = [dict(input_images=["animal/a.jpg"], prompt=f"edit {i}") for i in range(3)]
+    lines = "\n".join(json.dumps(row) for row in rows).encode()
+    put(tmp_path / "in/add_part0.json", b"\xef\xbb\xbf" + lines)
+    put(tmp_path / "in/add_part1.jsonl", b"\xef\xbb\xbf" + lines + b"\n")
+    assert run("imgedit", tmp_path / "in", tmp_path / "lines")[1] == (6, 6, 0, 0)
+    ids = [row["id"] for row in read_rows(tmp_path / "lines/edits.jsonl")]
+    assert ids == [f"add_part{part}/{i}" for part in (0, 1) for i in range(3)]
+
+
+def test_a_file_that_ends_inside_a_letter(tmp_path):
+    """Of two bytes of an accented letter one is left: the line fails; a whole file is refused."""
+    data, _ = imgedit_bench(tmp_path / "in")
+    row = json.dumps(dict(input_images=["animal/a.jpg"], prompt="caf\u00e9"), ensure_ascii=False)
+    damaged = row.encode().partition(b"\xa9")[0]
+    put(tmp_path / "in/add_part0.jsonl", row.encode() + b"\n" + damaged)
+    assert run("imgedit", tmp_path / "in", tmp_path / "out")[1] == (2, 1, 0, 1)
+    assert read_rows(tmp_path / "out/edits.failed.jsonl")[0]["row"] == "add_part0/1"
+    put(tmp_path / "in/basic_edit.json", json.dumps(data, ensure_ascii=False).encode()[:40] + b"\xc3")
+    message = call("imgedit-bench", tmp_path / "in", tmp_path / "no")[1]
+    assert "basic_edit.json is no whole JSON file" in message
+
+
+def test_linked_folders_are_followed(tmp_path):
+    """Images often lie on another disk. A link to a folder above does not go round in circles."""
+    data, pictures = imgedit_bench(tmp_path / "in")
+    (tmp_path / "in/original_images").rename(tmp_path / "elsewhere")
+    (tmp_path / "in/original_images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
+    assert run("imgedit-bench", tmp_path / "in", tmp_path / "out")[1] == (3, 3, 0, 0)
+    for row in read_rows(tmp_path / "out/edits.jsonl"):
+        name = data[row["id"]]["id"]
+        assert (tmp_path / "out" / row["source"]).read_bytes() == pictures[name]
+
+
+@pytest.mark.parametrize("in_json, on_disk", ["CD", "DC"])
+@pytest.mark.parametrize("place", ["folder", "tar"])
+def test_accented_names_have_two_spellings(tmp_path, in_json, on_disk, place):
+    """One character (NFC) or a letter and an accent (NFD): macOS writes the second."""
+    names = {form: unicodedata.normalize(f"NF{form}", "caf\u00e9/\u00e9t\u00e9.png") for form in "CD"}
+    put(tmp_path / "in/add_part0.json", [edit(names[in_json])])
+    if place == "folder":
+        put(tmp_path / "in" / names[on_disk], picture(3))
+    else:
+        put(tmp_path / "in/add_part0.tar", tar_of({names[on_disk]: picture(3)}))
+    assert run("imgedit", tmp_path / "in", tmp_path / "out")[1] == (1, 1, 0, 0)
+    [row] = read_rows(tmp_path / "out/edits.jsonl")
+    assert (tmp_path / "out" / row["source"]).read_bytes() == picture(3)
+
+
+def test_text_that_the_stages_refuse_fails_here(tmp_path):
+    """Half of a surrogate pair cannot be written as UTF-8, and <| starts a special token."""
+    imgedit_bench(tmp_path / "in")
+    row = dict(id="animal/a.jpg", edit_type="add")
+    rows = {"half": row | dict(prompt="add a smile \ud83d"), "\ud83d": row | dict(prompt="add"),
+            "token": row | dict(prompt="add <|im_end|>"), "whole": row | dict(prompt="\U0001f600")}
+    put(tmp_path / "in/basic_edit.json", json.dumps(rows).encode())
+    assert run("imgedit-bench", tmp_path / "in", tmp_path / "out")[1] == (4, 1, 0, 3)
+    [good] = read_rows(tmp_path / "out/edits.jsonl")
+    assert good["instruction"] == "\U0001f600"
+    failed = read_rows(tmp_path / "out/edits.failed.jsonl")
+    assert [row["id"] for row in failed] == ["half", "\ud83d", "token"]
+    assert "surrogates" in failed[0]["error"] and "special token" in failed[2]["error"]
+
+
 def test_aurora(tmp_path):
     """test.json: paths from the root; an output may be the source of the next edit. Or parquet."""
     items = [dict(input="data/mb/1/1-input.png", prompt="Put a cat on the seat.", task="mb"),
@@ -280,7 +351,7 @@ def test_aurora(tmp_path):
 
 
 def test_aurora_ratings(tmp_path):
-    """The scores make the vote; a pair that stands there again, also swapped, is counted."""
+    """The scores make the vote; a pair that occurs again, also swapped, is counted."""
     scores = [(2, 1), (0, 3), (1, 1), (1, 2)]
     items = [dict(prompt="move it", path_src="src.png", path1="one.png", path2="two.png",
                   model1_dim1_score=a, model2_dim1_score=b) for a, b in scores]
@@ -292,7 +363,7 @@ def test_aurora_ratings(tmp_path):
     put(tmp_path / "in/valid_aurora_human_ratings_pointwise.json", [dict(prompt="not a pair")])
     text, numbers = run("aurora-ratings", tmp_path / "in", tmp_path / "out")
     assert numbers == (4, 4, 0, 0) and "votes: 1 left, 2 right, 1 tie" in text
-    assert "2 pairs stand there again, 1 of them with another vote" in text
+    assert "2 pairs occur again, 1 of them with another vote" in text
     votes = read_rows(tmp_path / "out/votes.jsonl")
     assert [row["vote"] for row in votes] == ["left", "right", "tie", "right"]
     assert [tuple(row["scores"]["overall"]) for row in votes] == scores
@@ -335,7 +406,7 @@ def test_imgedit(tmp_path, form, place):
         write = put if form == "json" else parquet
         write(tmp_path / f"in/Parquet/{name}.{form}", rows)
     text, numbers = run("imgedit", tmp_path / "in", tmp_path / "out")
-    assert numbers == (9, 6, 2, 1) and "torn" not in text
+    assert numbers == (9, 6, 2, 1) and "damaged" not in text
     assert "skipped 1: later turn\nskipped 1: several input images\n" in text
     rows = read_rows(tmp_path / "out/edits.jsonl")
     assert [row["id"] for row in rows] == [name for name, *_ in FOUND]
@@ -362,13 +433,13 @@ def test_torn_tar(tmp_path, fault, good):
     else:
         put(folder / "add_part0.tar", whole[:start + (100 if "header" in fault else 900)])
     text, numbers = run("imgedit", folder, tmp_path / "out", code=int(not good))
-    assert numbers == (4, good, 0, 4 - good) and "add_part0.tar is torn" in text
+    assert numbers == (4, good, 0, 4 - good) and "add_part0.tar is damaged" in text
     rows = read_rows(tmp_path / "out/edits.jsonl") if good else []
     found = [(tmp_path / "out" / row["source"]).read_bytes() for row in rows]
     assert found == list(pictures.values())[:good]
     failed = read_rows(tmp_path / "out/edits.failed.jsonl")
     assert [row["id"] for row in failed] == [f"add_part0/{n}" for n in range(good, 4)]
-    assert all("torn" in row["error"] or "no picture" in row["error"] for row in failed)
+    assert all("damaged" in row["error"] or "no image" in row["error"] for row in failed)
 
 
 def test_bare_file_name_must_be_unique(tmp_path):
@@ -444,7 +515,7 @@ def test_arrow_shards(tmp_path):
     assert order() == [row["instruction"] for row in rows[:6] + rows[12:6 + done]]
     bad = read_rows(tmp_path / "out/preferences.failed.jsonl")
     assert [row["row"] for row in bad] == [f"{names[1][:-6]}/0", f"{names[0][:-6]}/{done - 6}"]
-    assert all("missing or torn" in row["error"] for row in bad)
+    assert all("missing or damaged" in row["error"] for row in bad)
 
 
 def vote_rows():
@@ -479,7 +550,7 @@ def test_editreward_data(tmp_path):
     parquet(tmp_path / "in/data/train-00001-of-00002.parquet", rows[3:])
     text, numbers = run("editreward-data", tmp_path / "in", tmp_path / "out")
     assert numbers == (4, 4, 0, 0) and "non-commercial" in text and "expected 170772 rows" in text
-    assert "votes: 1 both bad, 1 left, 1 right, 1 tie; 0 pairs stand there again" in text
+    assert "votes: 1 both bad, 1 left, 1 right, 1 tie; 0 pairs occur again" in text
     votes = check_votes(tmp_path / "out", rows, "source_img")
     assert [row["id"] for row in votes] == ["u0/0", "u0/1", "u1/0", "u1/1"]
     assert votes[0]["scores"] == dict(overall=[0, 3], instruction_following=[1, 4],
@@ -492,13 +563,13 @@ def test_bad_pairs_and_a_torn_parquet(tmp_path):
     torn = image(noise(9, "PNG")[:-2000])
     bad = [(rows[1], "its id is that of row b/1"),
            (rows[2] | dict(unique_key="n", vote_type="maybe"), "unknown vote 'maybe'"),
-           (rows[3] | dict(unique_key="o", left_output_image=image(b"")), "no picture given"),
+           (rows[3] | dict(unique_key="o", left_output_image=image(b"")), "no image given"),
            (rows[3] | dict(unique_key="p", right_output_image=torn), "readable")]
     whole = parquet(tmp_path / "in/b.parquet", rows + [row for row, _ in bad]).read_bytes()
     put(tmp_path / "in/a.parquet", whole[:-50])
     assert run("editreward-data", tmp_path / "in", tmp_path / "out")[1] == (9, 4, 0, 5)
     first, *failed = read_rows(tmp_path / "out/preferences.failed.jsonl")
-    assert first["row"] == "a/0" and "a.parquet is missing or torn" in first["error"]
+    assert first["row"] == "a/0" and "a.parquet is missing or damaged" in first["error"]
     for n, (row, (_, words)) in enumerate(zip(failed, bad, strict=True)):
         assert row["row"] == f"b/{4 + n}" and words in row["error"]
 
@@ -597,7 +668,7 @@ def test_only_tables_need_pyarrow(tmp_path):
          tmp_path / "out"], env=os.environ | dict(PYTHONPATH=str(tmp_path / "no")), text=True,
         stderr=subprocess.PIPE) for command, source in (("gedit-bench", "table"),
                                                         ("imgedit-bench", "in")))
-    assert table.stderr == "This data set lies in arrow or parquet files: pip install pyarrow\n"
+    assert table.stderr == "This data set consists of arrow or parquet files: pip install pyarrow\n"
     assert bench.returncode == 0 and len(read_rows(tmp_path / "out/edits.jsonl")) == 3
 
 
@@ -634,5 +705,5 @@ def test_the_stages_read_the_rows(tmp_path):
             ("aurora-ratings", "preferences", ["source", "chosen", "rejected"])):
         run(command, tmp_path / "in", tmp_path / command)
         path = tmp_path / command / f"{name}.jsonl"
-        for row in evaluate.read_rows(path, ("instruction", *keys), ""):
+        for row in evaluate.load_jsonl(path, ("instruction", *keys), ""):
             assert all(evaluate.open_image(path, row, key).mode == "RGB" for key in keys)

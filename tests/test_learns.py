@@ -1,8 +1,8 @@
 """It learns: cold start, GCPO and Flow-GRPO, cut short, gain what the paper gains, surely above 0.
 
-From true principles and few rows; toy/run.sh has all six stages in full. "It learns" is judged by
-the toy's oracle, which no stage knows. As this takes as long as all other tests, conftest.py begins
-it beside them.
+They start from true principles and few rows; toy/run.sh runs all six stages in full. The toy's
+oracle decides whether something was learned; no stage script sees it. This takes as long as all
+other tests together, so conftest.py starts it beside them.
 """
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +12,22 @@ import world
 from conftest import run_script
 
 MODELS = Path("toy/models")        # seen from the root: traces are drawn by the name of their VLM
-EDITOR, WEAK, TEACHER, VLM = (MODELS / name for name in ("editor", "editor_weak", "teacher", "vlm"))
+EDITOR = MODELS / "editor"
+WEAK = MODELS / "editor_weak"
+TEACHER = MODELS / "teacher"
+VLM = MODELS / "vlm"
+
+
+def run_stage(*command):
+    """A stage may take long: all other tests run beside it."""
+    run_script(*command, timeout=3600)
 
 
 def together(*jobs):
     """function(*arguments) of each job, two at a time: on one thread each, they share two cores."""
     with ThreadPoolExecutor(2) as pool:
-        return [done.result() for done in [pool.submit(*job) for job in jobs]]
+        futures = [pool.submit(*job) for job in jobs]
+        return [future.result() for future in futures]
 
 
 def principles_of(folder, split, n):
@@ -29,13 +38,13 @@ def principles_of(folder, split, n):
         world.to_pil(world.render([scene])[0]).save(folder / split / "images" / f"{i}.png")
         rows.append(dict(id=f"{split}_{i:04d}", source=f"images/{i}.png", instruction=instruction,
                          task=world.EDITS[i % 5], principles=world.principles(scene, target)))
-    world.write_jsonl(folder / split / "principles.jsonl", rows)
+    world.save_jsonl(folder / split / "principles.jsonl", rows)
     return folder / split / "principles.jsonl"
 
 
 def edits_of(out, split, n, *judges):
     """Stage 2 on n prompts: the editors' own edits; with judges also the cold-start data."""
-    run_script("build_sft.py", "--toy", "--principles", principles_of(out, split, n),
+    run_stage("build_sft.py", "--toy", "--principles", principles_of(out, split, n),
                "--editors", EDITOR, WEAK, *judges, "--out", out / split)
     if judges:
         return out / split / "sft.jsonl"
@@ -45,33 +54,34 @@ def edits_of(out, split, n, *judges):
 
 def judge(out, name, model, pairs):
     """One sampled verdict on both edits of every pair."""
-    run_script("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", pairs,
+    run_stage("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", pairs,
                "--vlm", model, "--out", out / name)
 
 
 def draw(out, name, prompts, *lora):
     """Two edits of every prompt, the same noise for all editors, judged by the oracle."""
-    run_script("evaluate.py", "edit", "--toy", "--prompts", prompts, "--editor", EDITOR,
-               "--seeds", 2, *lora, "--out", out / name)
-    world.judge(out / name / "edits.jsonl", out / name / "scores.jsonl")
+    run_stage("build_sft.py", "--toy", "--principles", prompts, "--editors", EDITOR,
+               "--num_images_per_prompt", 2, *lora, "--out", out / name)
+    world.judge(out / name / "candidates.jsonl", out / name / "scores.jsonl")
 
 
 def learn(out):
     """Stages 2 to 5; three judges on held-out pairs, the editor before and after on new prompts."""
-    rows, bench = principles_of(out, "rl", 120), principles_of(out, "editor_bench", 240)
+    rows = principles_of(out, "rl", 120)
+    bench = principles_of(out, "editor_bench", 240)
     data, pairs, held = together(
         (edits_of, out, "sft", 160, "--pool", TEACHER, "--inspector", TEACHER),
-        (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 240))
-    together((run_script, "train_sft.py", "--toy", "--data", data, "--model", VLM,
+        (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 260))
+    together((run_stage, "train_sft.py", "--toy", "--data", data, "--model", VLM,
               "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
-    together((run_script, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
-              "--steps", 20, "--pairs_per_step", 12, "--held_out", 12, "--every", 20,
+    together((run_stage, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
+              "--steps", 20, "--pairs_per_step", 12, "--num_eval", 12, "--eval_every", 20,
               "--out", out / "gcpo"),
              (judge, out, "sft", out / "start/model", held))
-    together((run_script, "train_flow_grpo.py", "--toy", "--prompts", rows,
+    together((run_stage, "train_flow_grpo.py", "--toy", "--prompts", rows,
               "--editor", EDITOR, "--reward", out / "gcpo/model", "--prompts_per_step", 8,
-              "--steps", 12, "--held_out", 8, "--every", 12, "--out", out / "flow"),
+              "--steps", 12, "--num_eval", 8, "--eval_every", 12, "--out", out / "flow"),
              (judge, out, "rl", out / "gcpo/model", held))
     draw(out, "after", bench, "--lora", out / "flow/lora")
     return out
@@ -80,10 +90,10 @@ def learn(out):
 def gains(out, kind, *names):
     """Metrics of scores.jsonl files, and the paired gains from one to the next, by `report`."""
     files = [f"{name}={out / name / 'scores.jsonl'}" for name in names]
-    run_script("evaluate.py", "report", "--scores", *files, "--out", out / "report")
+    run_stage("evaluate.py", "report", "--scores", *files, "--out", out / "report")
     report = json.loads((out / "report/report.json").read_text())
     print(report[kind], report[f"{kind}_gains"])
-    return report[kind], [*report[f"{kind}_gains"].values()]
+    return report[kind], list(report[f"{kind}_gains"].values())
 
 
 def test_the_judge_learns_in_the_cold_start_and_again_in_gcpo(learned):

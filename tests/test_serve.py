@@ -1,4 +1,4 @@
-"""The toy's server and judge: served, a VLM marks as its folder does and ranks as the oracle."""
+"""The toy's server and judge: served, a VLM answers as its folder does and ranks as the oracle."""
 import base64
 import http.client
 import io
@@ -7,8 +7,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from PIL import Image
 
+import build_sft
 import evaluate
 import serve
 import world
@@ -26,21 +28,29 @@ def url():
     server.server_close()
 
 
+def write_perfect_edits(folder, n):
+    """edits.jsonl of n prompts, with the edit that a perfect editor would make."""
+    rows = []
+    for i, (scene, instruction, target) in enumerate(world.edits_of("editor_bench", n)):
+        for name, picture in zip((f"{i}.png", f"{i}_perfect.png"), world.render([scene, target])):
+            world.to_pil(picture).save(folder / name)
+        rows.append(dict(id=f"e{i}", source=f"{i}.png", instruction=instruction,
+                         task=world.EDITS[i % 5], edit=f"{i}_perfect.png"))
+    world.save_jsonl(folder / "edits.jsonl", rows)
+    return folder / "edits.jsonl"
+
+
 def test_a_served_judge_ranks_three_editors_as_the_oracle(tmp_path, url, run_here, monkeypatch):
-    """Over HTTP, on 40 prompts that it has not seen: edit, judge, report; as its folder does."""
+    """Over HTTP, on 40 prompts that it has not seen: draw, judge, report; as its folder does."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    rows, truth, named = [], {}, []
-    for i, (scene, text, target) in enumerate(world.edits_of("editor_bench", 40)):
-        for name, picture in zip(("", "_perfect"), world.render([scene, target])):
-            world.to_pil(picture).save(tmp_path / f"{i}{name}.png")
-        rows.append(dict(id=f"e{i}", source=f"{i}.png", instruction=text, task=world.EDITS[i % 5],
-                         edit=f"{i}_perfect.png"))
-    edits = dict(weak=tmp_path / "editor_weak/edits.jsonl", better=tmp_path / "editor/edits.jsonl",
-                 perfect=tmp_path / "perfect.jsonl")
-    world.write_jsonl(edits["perfect"], rows)
+    edits = dict(weak=tmp_path / "editor_weak/candidates.jsonl",
+                 better=tmp_path / "editor/candidates.jsonl",
+                 perfect=write_perfect_edits(tmp_path, 40))
     for name in ("editor_weak", "editor"):
-        run_here(evaluate, "edit", "--toy", "--prompts", edits["perfect"],
-                 "--editor", MODELS / name, "--out", tmp_path / name)
+        run_here(build_sft, "--toy", "--principles", edits["perfect"], "--num_images_per_prompt", 1,
+                 "--editors", MODELS / name, "--out", tmp_path / name)
+    truth = {}
+    named = []
     for name, path in edits.items():
         run_here(evaluate, "judge", "--toy", "--edits", path, "--vlm", url,
                  "--out", tmp_path / name)
@@ -56,13 +66,33 @@ def test_a_served_judge_ranks_three_editors_as_the_oracle(tmp_path, url, run_her
     assert all(abs(judged[name] - truth[name]) < 1 for name in truth)
     run_here(evaluate, "judge", "--toy", "--edits", edits["better"], "--vlm", MODELS / "judge",
              "--out", tmp_path / "folder")
-    assert (read_rows(tmp_path / "folder/scores.jsonl")
-            == read_rows(tmp_path / "better/scores.jsonl"))
+    served = read_rows(tmp_path / "better/scores.jsonl")
+    local = read_rows(tmp_path / "folder/scores.jsonl")
+    assert [row.pop("judge") for row in served] == ["judge"] * 40       # the name that it serves
+    assert [row.pop("judge") for row in local] == [str(MODELS / "judge")] * 40
+    assert served == local
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_served_reply_is_the_local_one(url, monkeypatch, temperature):
+    """By the same helper, greedy or sampled, with a seed for every request."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    device = torch.device("cpu")
+    chats = []
+    for scene, instruction, target in world.edits_of("editor_bench", 6):
+        source, edit = world.render([scene, target])
+        chats.append(evaluate.verdict_chat(world.to_pil(source), world.to_pil(edit), instruction,
+                                           world.principles(scene, target)))
+    seeds = [evaluate.derive_seed(0, "reply", k) for k in range(len(chats))]
+    served = evaluate.VLM(url, "", device).generate(chats, 40, temperature, seeds)
+    local = evaluate.VLM(str(MODELS / "judge"), "", device).generate(chats, 40, temperature, seeds)
+    assert served == local and all(reply.text and not reply.error for reply in served)
 
 
 def post(url, body):
     """(status, reply) of one request."""
-    connection = http.client.HTTPConnection(url[len("http://"):-len("/v1")], timeout=120)
+    address = url.removeprefix("http://").removesuffix("/v1")
+    connection = http.client.HTTPConnection(address, timeout=120)
     connection.request("POST", "/v1/chat/completions", body, {"Content-Length": str(len(body))})
     answer = connection.getresponse()
     found = answer.status, json.loads(answer.read())
@@ -74,18 +104,21 @@ def text_of(reply):
     return reply["choices"][0]["message"]["content"]
 
 
-def data_uri(size, colour=0):
-    Image.new("RGB", size, (colour, 9, 99)).save(png := io.BytesIO(), "PNG")
+def data_uri(size, red=0):
+    png = io.BytesIO()
+    Image.new("RGB", size, (red, 9, 99)).save(png, "PNG")
     data = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     return dict(type="image_url", image_url=dict(url=data))
 
 
+def request(*parts, times=1, **settings):
+    message = dict(role="user", content=[*parts, dict(type="text", text="What do you see?")])
+    settings = dict(max_tokens=4, temperature=0) | settings
+    return json.dumps(dict(messages=[message] * times, **settings))
+
+
 def test_bad_requests_fail_alone(url):
     """Sent at once with good ones, which are answered; a strip that the model refuses is a 500."""
-    def request(*parts, times=1):
-        message = dict(role="user", content=[*parts, dict(type="text", text="What do you see?")])
-        return json.dumps(dict(messages=[message] * times, max_tokens=4, temperature=0))
-
     good = [request(data_uri((32, 32), 60 * i)) for i in range(4)]
     bad = {request(data_uri((1000, 2))): 500, request(): 400, "{": 400, "[]": 400,
            request(dict(type="image_url", image_url=dict(url=5))): 400, request(times=0): 400,
@@ -98,12 +131,20 @@ def test_bad_requests_fail_alone(url):
     assert len(replies) == 8 and replies[:4] == replies[4:] and all(replies)
 
 
+def test_sampling_fields_must_be_neutral(url):
+    """It takes what the scripts send, and refuses what it would otherwise ignore in silence."""
+    neutral = dict(top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
+    assert post(url, request(data_uri((32, 32)), **neutral))[0] == 200
+    for name, value in dict(top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.05).items():
+        status, reply = post(url, request(data_uri((32, 32)), **neutral | {name: value}))
+        assert status == 400 and name in reply["error"]["message"]
+
+
 def test_a_sampled_reply_depends_on_its_seed(url):
-    """The same seed, the same text; requests of different seeds are not answered together."""
-    message = dict(role="user", content=[data_uri((32, 32))])
-    body = dict(messages=[message], max_tokens=12, temperature=2)
+    """The same seed, the same text, also if other requests are answered in the same batch."""
+    body = dict(max_tokens=12, temperature=2)
+    bodies = [request(data_uri((32, 32)), **body, seed=seed) for seed in (1, 2, 3)]
     with ThreadPoolExecutor(3) as pool:
-        texts = [text_of(reply) for _, reply in pool.map(
-            post, [url] * 3, [json.dumps(body | dict(seed=seed)) for seed in (1, 2, 3)])]
-    again = text_of(post(url, json.dumps(body | dict(seed=2)))[1])
-    assert again == texts[1] and len({*texts}) == 3
+        texts = [text_of(reply) for _, reply in pool.map(post, [url] * 3, bodies)]
+    again = text_of(post(url, bodies[1])[1])
+    assert again == texts[1] and len(set(texts)) == 3

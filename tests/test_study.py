@@ -32,7 +32,7 @@ def test_half_wins_by_brute_force():
 
 
 def test_first_pairs_keeps_the_held_out_ones(tmp_path):
-    held = train_gcpo.TOY["held_out"]
+    held = train_gcpo.TOY["num_eval"]
     path = write_rows(tmp_path / "preferences.jsonl", [dict(id=i) for i in range(held + 40)])
     ids = [row["id"] for row in read_rows(study.first_pairs(path, 0.1))]
     assert ids == [*range(4), *range(40, 40 + held)]
@@ -46,8 +46,8 @@ def test_a_variant_is_trained_judged_and_tabled(tmp_path, vlm, pairs, monkeypatc
                        for key in ("source", "chosen", "rejected")} for row in read_rows(pairs)]
         write_rows(tmp_path / "data" / split / "preferences.jsonl", rows[:6])
     shutil.copytree(vlm, tmp_path / "sft/model")
-    monkeypatch.setitem(study.FLAGS, "std", "--steps 1 --pairs_per_step 2 --held_out 2 "
-                        "--group_size 2 --max_new 8".split())
+    monkeypatch.setitem(study.FLAGS, "std", "--steps 1 --pairs_per_step 2 --num_eval 2 "
+                        "--group_size 2 --max_new_tokens 8".split())
     calls = []
     monkeypatch.setitem(study.SWAPS, "std", (
         "advantages", lambda r: calls.append(r) or study.scaled_advantages(r)))
@@ -88,7 +88,7 @@ def test_tables_compare_with_the_sft_model(tmp_path):
     text = run_script("toy/study.py", "table", "--run", tmp_path).stdout
     assert "| sft: before GCPO | 0.000 | +0.0" in text
     assert text.splitlines()[-1].count(" 1.000 | +100.0 [") == 2
-    right = study.rightly_labelled(tmp_path / "study/sft/scores.jsonl")
+    right = study.rightly_labeled(tmp_path / "study/sft/scores.jsonl")
     assert right == {f"p{i}" for i in range(7)}
     answers, scores = study.answers_of(tmp_path / "study/base_0/reward/scores.jsonl")
     assert len(scores) == 8 * 7 and sorted(answers["follow", 0]) == [0] * 21 + [1] * 4

@@ -1,4 +1,4 @@
-"""toy/table2.py, table3.py and degrade.py: what is learned, spoilt, averaged and compared, from rows made by hand."""
+"""toy/table2.py, table3.py and degrade.py: what is learned, spoiled, averaged and compared, from rows made by hand."""
 import random
 import re
 import subprocess
@@ -18,8 +18,7 @@ PRINCIPLES = [dict(question=f"Is it {word}?", category="follow") for word in ("r
 
 def trace(verdict, score):
     text = say_verdict(verdict, score)
-    found, average, tau = train_sft.parse_verdict(text, len(verdict))
-    return dict(text=text, verdict=found, average=average, score=tau)
+    return dict(text=text) | train_sft.parse_verdict(text, len(verdict))._asdict()
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def test_the_formats_are_parts_of_the_same_trace(row):
     drawn = {table2.as_format(row | dict(id=str(k)), "random")["text"] for k in range(30)}
     assert drawn == {t["text"] for t in row["traces"]}
     for one in learned.values():                            # train_sft.py can read every one of them
-        assert train_sft.parse_verdict(one["text"], len(one["principles"]))[2] in (5.0, 2.5, 9.0)
+        assert train_sft.parse_verdict(one["text"], len(one["principles"])).score in (5.0, 2.5, 9.0)
 
 
 def test_table2_averages_over_seeds_and_pairs_rows(tmp_path, capsys):
@@ -72,7 +71,7 @@ def test_inspector_counts_true_answers(tmp_path, capsys):
     yes, no = ([answer] * len(principles) for answer in (1, 0))
     (tmp_path / "table2/sft").mkdir(parents=True)
     write_rows(tmp_path / "table2/sft/sft.jsonl", [
-        dict(id=k, source=f"../../source{k}.png", edit=f"../../edit{k}.png", instruction="remove the red circle",
+        dict(id=str(k), source=f"../../source{k}.png", edit=f"../../edit{k}.png", instruction="remove the red circle",
              principles=principles, gold=yes, chosen=0, traces=[trace(yes, 9), trace(no, 1), trace(no, 1)])
         for k in range(3)])
     table2.inspector_table(tmp_path)
@@ -84,9 +83,10 @@ def test_inspector_counts_true_answers(tmp_path, capsys):
 
 def test_table3_from_scores(tmp_path):
     """Two seeds of the RL-RRM, one of the SFT-RRM: means, gains, and what they differ by."""
-    def scores(folder, o, reward=None):
+    def scores(folder, o, reward=None, editor="editor"):
         (tmp_path / folder).mkdir(parents=True)
-        write_rows(tmp_path / folder / "scores.jsonl", [dict(id=k, SC=o, PQ=10.0, O=o) for k in range(4)])
+        write_rows(tmp_path / folder / "scores.jsonl", [
+            dict(id=f"{k}/{editor}/0", editor=editor, SC=o, PQ=10.0, O=o) for k in range(4)])
         if reward:
             write_rows(tmp_path / folder / "curve.jsonl", [
                 {"step": 0, "reward": 4.0, "oracle O": 5.0}, {"step": 5, "reward": 1.0, "oracle O": 1.0},
@@ -100,16 +100,16 @@ def test_table3_from_scores(tmp_path):
     assert "| editor, rl | 2 | 6.50 | 10.00 | 5.00 -> 6.50 | +1.50 [+1.50, +1.50] |" in lines[2]
     assert "| 6.00, 7.00 | 4.00 -> 7.50 | 5.00 -> 6.50 |" in lines[2] and "| 4.00 -> 9.00 | 5.00 -> 5.50 |" in lines[3]
     assert lines[-1].endswith("rl minus O with sft: +1.00 [+1.00, +1.00]")
-    for step in (0, 9):                                     # the pictures of what was hacked
+    for step in (0, 9):                                     # the edits of the hacked reward
         here = tmp_path / f"hacked/0/flow/samples/step_{step:06d}"
         here.mkdir(parents=True)
         world.to_pil(world.render([[0, 0, 5, -1, -1]])[0]).save(here / "0.png")
         write_rows(here / "edits.jsonl", [
-            dict(source="0.png", edit="0.png", score=score, instruction="remove the red circle")
-            for score in (1.0 + step, None)])                       # None: the verdict could not be read
+            dict(id=str(k), source="0.png", edit="0.png", score=score, instruction="remove the red circle")
+            for k, score in enumerate((1.0 + step, None))])                       # None: the verdict could not be read
     table3.draw_hacking(tmp_path, tmp_path / "table3.png", columns=2)
-    colours = {colour for _, colour in Image.open(tmp_path / "table3.png").convert("RGB").getcolors(2 ** 20)}
-    assert all(ImageColor.getrgb(table3.LINES[name][1]) in colours for name in ("rl", "sft", "hacked"))
+    colors = {color for _, color in Image.open(tmp_path / "table3.png").convert("RGB").getcolors(2 ** 20)}
+    assert all(ImageColor.getrgb(table3.LINES[name][1]) in colors for name in ("rl", "sft", "hacked"))
 
 
 def test_table3_sh_runs_what_is_there():
@@ -121,18 +121,18 @@ def test_table3_sh_runs_what_is_there():
     assert all((ROOT / "toy/models" / name).is_dir() for name in re.findall(r"\$models/(\w+)", text))
 
 
-def test_principles_are_spoilt_more_and_more():
-    """0 changes nothing, 1 changes all that can be; what is spoilt at some p is spoilt at every larger one."""
+def test_principles_are_spoiled_more_and_more():
+    """0 changes nothing, 1 changes all that can be; what is spoiled at some p is spoiled at every larger one."""
     source, target = [0, 0, 5, -1, -1], [0, -1, 5, 3, -1]
     principles = world.principles(source, target)
     rows = [dict(id=k, principles=principles) for k in range(40)]
     others = [dict(question="Is it another's?", category="keep")]
     for kind in degrade.KINDS:
         assert all(degrade.degrade(row, kind, 0, others) == row for row in rows)
-        spoilt = [[{p["question"] for p in degrade.degrade(row, kind, share, others)["principles"]} for row in rows]
+        spoiled = [[{p["question"] for p in degrade.degrade(row, kind, share, others)["principles"]} for row in rows]
                   for share in (0.25, 0.5, 1)]
         if kind != "doubled":
-            kept = [[len(asked & {p["question"] for p in principles}) for asked in at] for at in spoilt]
+            kept = [[len(asked & {p["question"] for p in principles}) for asked in at] for at in spoiled]
             assert all(a >= b >= c for a, b, c in zip(*kept)) and sum(kept[0]) > sum(kept[1]) > sum(kept[2])
     assert degrade.degrade(rows[0], "dropped", 1, others)["principles"] == principles[:1]
     assert len(degrade.degrade(rows[0], "doubled", 1, others)["principles"]) == 2 * len(principles)
@@ -159,5 +159,5 @@ def test_the_picture_of_degraded_principles_leaves_out_what_could_not_be_read(tm
     found = {(kind, p): {"SFT-RRM": (0.5 - p / 4, 0.6 - p / 2, 0.0), "RL-RRM": (0.8, 0.9 if p < 1 else float("nan"), p)}
              for kind in degrade.KINDS for p in degrade.SHARES}
     degrade.draw(found, tmp_path / "degrade.png")
-    colours = {colour for _, colour in Image.open(tmp_path / "degrade.png").getcolors(2 ** 20)}
-    assert all(ImageColor.getrgb(degrade.VERIFIERS[name][1]) in colours for name in found["dropped", 0])
+    colors = {color for _, color in Image.open(tmp_path / "degrade.png").getcolors(2 ** 20)}
+    assert all(ImageColor.getrgb(degrade.VERIFIERS[name][1]) in colors for name in found["dropped", 0])

@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import build_sft
 import decompose
 import evaluate
+import journey
 import pretrain
 import pretrain_judge
+import summary
 import world as W
-from conftest import ROOT
+from conftest import ROOT, say_verdict
 
 MODELS = ROOT / "toy" / "models"
 
@@ -67,7 +70,7 @@ def write_candidates(folder, shown):
         for k, picture in enumerate(W.render(scenes)):
             W.to_pil(picture).save(folder / f"{name}_{k}.png")
             rows.append(row | dict(id=f"{name}/editor/{k}", edit=f"{name}_{k}.png"))
-    W.write_jsonl(folder / "candidates.jsonl", rows)
+    W.save_jsonl(folder / "candidates.jsonl", rows)
     return rows
 
 
@@ -90,7 +93,7 @@ def test_trust_is_one_for_the_truth_and_negative_for_its_opposite(tmp_path, caps
         level = int(row["id"][1])                               # of a prompt: must not matter
         row["traces"] = [dict(vlm="good", score=found["O"] / 2 + level),
                          dict(vlm="bad", score=5 - found["O"] / 2)]
-    W.write_jsonl(tmp_path / "traces.jsonl", rows)
+    W.save_jsonl(tmp_path / "traces.jsonl", rows)
     W.trust(tmp_path / "traces.jsonl")
     good, bad = capsys.readouterr().out.splitlines()
     assert "good: within-group correlation with the oracle's O 1.000" in good
@@ -105,11 +108,125 @@ def test_curve_is_the_mean_of_the_read_scores_beside_the_oracles(tmp_path):
         folder.mkdir()
         rows = write_candidates(folder, dict(p=shown))
         scores = zip(rows, (8.0, None))
-        W.write_jsonl(folder / "edits.jsonl", [row | dict(score=score) for row, score in scores])
+        W.save_jsonl(folder / "edits.jsonl", [row | dict(score=score) for row, score in scores])
     W.curve(tmp_path, tmp_path / "oracle.jsonl")
     rows = W.read_jsonl(tmp_path / "oracle.jsonl")
     found = [(row["step"], row["reward"], row["oracle O"]) for row in rows]
     assert found == [(0, 8, 0), (20, 8, pytest.approx(5))]
+
+
+# ---------------------------------------------------------------- what the end of a run shows
+
+SCENE = [0, 0, 5, -1, -1]
+RIGHT = [0, -1, 5, -1, -1]          # the red circle is gone
+HALF = [0, -1, 6, -1, -1]           # and the other object is recolored
+
+
+def add_edits(path, shown, **more):
+    """Rows with the pictures of these scenes {id: scene}, in a JSONL file of its own folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    W.to_pil(W.render([SCENE])[0]).save(path.parent / "source.png")
+    rows = []
+    for name, scene in shown.items():
+        W.to_pil(W.render([scene])[0]).save(path.parent / f"{name}.png")
+        rows.append(dict(id=f"{name}/editor/0", editor="editor", source="source.png",
+                         edit=f"{name}.png", instruction="remove the red circle", task="remove",
+                         principles=W.principles(SCENE, RIGHT), **more))
+    W.save_jsonl(path, rows)
+    return rows
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """What toy/run.sh leaves, as far as journey.py and summary.py read it, with three edits."""
+    before = dict(a=SCENE, b=HALF, c=RIGHT)
+    after = dict(a=RIGHT, b=RIGHT, c=RIGHT)
+    add_edits(tmp_path / "flow/samples/step_000000/edits.jsonl", before, score=2.5)
+    add_edits(tmp_path / "flow/samples/step_000010/edits.jsonl", after, score=9.5)
+    W.curve(tmp_path / "flow/samples", tmp_path / "flow/oracle.jsonl")
+    for name, shown in dict(weak=before, before=before, after=after).items():
+        path = tmp_path / "editor" / name / "candidates.jsonl"
+        add_edits(path, shown)
+        W.judge(path, path.with_name("scores.jsonl"))
+
+    n = len(W.principles(SCENE, RIGHT))
+    [row] = add_edits(tmp_path / "data/sft/sft.jsonl", dict(a=RIGHT))
+    traces = [dict(text=say_verdict([1] * n, 9.0), verdict=[1] * n),
+              dict(text=say_verdict([0] * n, 1.0), verdict=[0] * n)]
+    W.save_jsonl(tmp_path / "data/sft/sft.jsonl", [
+        row | dict(traces=traces, gold=[1] * n, accuracy=1.0, chosen=0, text=traces[0]["text"])])
+    for name, (chosen, rejected) in dict(base=(5, 5), sft=(4, 6), rl=(8, 3)).items():
+        path = tmp_path / "reward" / name / "scores.jsonl"
+        rows = add_edits(path, dict(good=RIGHT, bad=SCENE))
+        reply = {k: say_verdict([1] * n, float(k)) for k in (chosen, rejected)}
+        W.save_jsonl(path, [rows[0] | dict(
+            id="pair", chosen="good.png", rejected="bad.png", chosen_score=chosen,
+            rejected_score=rejected, chosen_scores=[chosen], rejected_scores=[rejected],
+            chosen_replies=[reply[chosen]], rejected_replies=[reply[rejected]])])
+    (tmp_path / "gcpo").mkdir()
+    W.save_jsonl(tmp_path / "gcpo/metrics.jsonl", [
+        dict(step=0, eval_pair_accuracy=0.5), dict(step=0, pair_accuracy=0.5),
+        dict(step=10, eval_pair_accuracy=0.8)])
+    return tmp_path
+
+
+def test_a_journey_shows_the_three_edits_that_its_rules_choose(small_run, run_here):
+    out = small_run / "journey"
+    run_here(journey, "--run", small_run, "--out", out)
+    text = out.with_suffix(".md").read_text("utf-8")
+    for p in W.principles(SCENE, RIGHT):
+        assert f"| {p['question']} | {p['category']} |" in text
+    assert "gets 2.5 (true O: 0.0)" in text and "gets 9.5 (true O: 10.0)" in text
+    assert "| score, or true O | 4.0 | 8.0 | 10.0 | 6.0 | 3.0 | 0.0 |" in text
+    assert "2 traces" in text and "| Is the red circle gone? | no | yes | yes |" in text
+    assert "<score>9.0</score>" in text and "journey.png)" in text
+    with Image.open(out.with_suffix(".png")) as image:
+        assert min(image.size) > 300
+
+
+def test_the_readme_tells_the_journey_of_toy_journey_md():
+    """The block between the two comments is what toy/journey.py wrote."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    if "<!-- journey -->" not in readme:
+        pytest.skip("the README has no journey yet")
+    block = readme.partition("<!-- journey -->")[2].partition("<!-- /journey -->")[0]
+    assert block.strip() == (ROOT / "toy/journey.md").read_text("utf-8").strip()
+    assert (ROOT / "toy/journey.png").exists()
+
+
+def test_the_summary_of_a_run(small_run, run_here):
+    """report.json has the names that others read; the table has GCPO's gain at half credit, too."""
+    for folder, kind in (("editor", "editor"), ("reward", "reward")):
+        names = dict(editor=("weak", "before", "after"), reward=("base", "sft", "rl"))[kind]
+        files = [f"{name}={small_run / folder / name / 'scores.jsonl'}" for name in names]
+        run_here(evaluate, "report", "--scores", *files, "--out", small_run / f"one_{kind}")
+    reports = [json.loads((small_run / f"one_{kind}/report.json").read_text("utf-8"))
+               for kind in ("reward", "editor")]
+    for gains in reports[0]["reward_gains"].values():       # one pair has no interval
+        for gain in gains.values():
+            gain.update(low=0.0, high=0.0)
+    for folder in ("report", "judged/report"):
+        (small_run / folder).mkdir(parents=True)
+        merged = {k: reports[0][k] or reports[1][k] for k in reports[0]}
+        (small_run / folder / "report.json").write_text(json.dumps(merged))
+    for gains in merged["editor_gains"].values():
+        for gain in gains.values():
+            gain.update(low=0.0, high=0.0)
+    (small_run / "report/report.json").write_text(json.dumps(merged))
+
+    text = run_here(summary, "--out", small_run, "--minutes", "16.4")
+    found = json.loads((small_run / "report.json").read_text("utf-8"))
+    assert set(found) == {"minutes", "reward", "editor"} and found["minutes"] == 16.4
+    assert set(found["reward"]) == {"base", "sft", "rl", "gcpo_gain"}
+    assert set(found["reward"]["rl"]) == {"n", "strict", "half"}
+    assert set(found["editor"]) == {"weak", "before", "after", "gain"}
+    assert set(found["editor"]["after"]) == {"n", "SC", "PQ", "O", "judged_O"}
+    assert set(found["editor"]["gain"]) == {"mean", "low", "high"}
+    assert found["reward"]["sft"]["strict"] == 0 and found["reward"]["rl"]["strict"] == 1
+    assert found["reward"]["base"]["half"] == 0.5
+    assert "half-credit: +100.0" in text and len(text.splitlines()) < 25
+    with Image.open(small_run / "report.png") as image:
+        assert min(image.size) > 300
 
 
 # ---------------------------------------------------------------- the models and their lessons
@@ -128,29 +245,44 @@ def test_the_shipped_models_are_ordinary_folders_and_small():
 
 
 def test_the_shipped_qwen_editor_edits():
-    """By the lines of evaluate.py, without torchvision: far better than leaving the picture alone, far from perfect."""
-    pipe = evaluate.load_editor(str(MODELS / "editor_qwen"), torch.device("cpu"))
+    """As build_sft.py draws, without torchvision: far better than no edit, far from perfect."""
+    pipe = build_sft.load_editor(str(MODELS / "editor_qwen"), torch.device("cpu"))
     scenes, instructions, targets = zip(*W.edits_of("editor_bench", 60))
-    edits = evaluate.run_pipeline(pipe, [*map(W.to_pil, W.render(scenes))], [*instructions],
-                                  [torch.Generator().manual_seed(k) for k in range(60)],
-                                  SimpleNamespace(steps=6, guidance=0, size=32))
-    marks = W.oracle(torch.stack([*map(W.from_pil, edits)]), scenes, targets)
+    sources = [W.to_pil(picture) for picture in W.render(scenes)]
+    generators = [torch.Generator().manual_seed(k) for k in range(60)]
+    args = SimpleNamespace(num_inference_steps=6, guidance_scale=None, resolution=32)
+    edits = build_sft.run_editor(pipe, sources, list(instructions), generators, args)
+    pictures = torch.stack([W.from_pil(edit) for edit in edits])
+    marks = W.oracle(pictures, scenes, targets)
     means = {k: sum(row[k] for row in marks) / 60 for k in ("O", "PQ")}
     assert 3 < means["O"] < 7 and means["PQ"] > 9
 
 
 def test_the_shipped_tokenizers_are_those_that_pretraining_makes():
-    """A prompt edited in a script is no token of theirs any more: rename it there, or pretrain."""
+    """If you edit a prompt in a script, rename its token there too, or train the models again."""
     made = json.loads(pretrain.tokenizer().backend_tokenizer.to_str())["added_tokens"]
-    known = {name: json.loads((MODELS / name / "tokenizer.json").read_text())["added_tokens"]
+    known = {name: json.loads((MODELS / name / "tokenizer.json").read_text("utf-8"))["added_tokens"]
              for name in ("vlm", "vlm_small", "teacher", "judge")}
     assert made == known["vlm"] == known["vlm_small"] == known["teacher"]
     more = [token["content"] for token in known["judge"][len(made):]]
     assert known["judge"][:len(made)] == made and more == pretrain_judge.FIXED
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / "judge")
-    for text in (build_sft.VERDICT_RULES, build_sft.INSPECTOR_RULES, decompose.DECOMPOSE_RULES,
-                 evaluate.SC_RULES, evaluate.PQ_RULES, *map(decompose.example, decompose.EXAMPLES)):
-        assert len(tokenizer(text).input_ids) == 1, text[:60]
+
+
+PROMPTS = {"verdict": build_sft.VERDICT_RULES, "inspector": build_sft.INSPECTOR_RULES,
+           "decompose": decompose.DECOMPOSE_RULES}
+for number, name in enumerate(decompose.EXAMPLES, start=1):
+    PROMPTS[f"example {number}"] = decompose.format_example(name)
+
+
+@pytest.mark.parametrize("model", ["vlm", "vlm_small", "teacher", "judge"])
+def test_every_prompt_is_one_token_of_the_shipped_tokenizers(model):
+    """So the toy's prompts are short. The judge also knows the rules of stage 6."""
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / model)
+    prompts = dict(PROMPTS)
+    if model == "judge":
+        prompts |= {"SC": evaluate.SC_RULES, "PQ": evaluate.PQ_RULES}
+    lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
+    assert lengths == dict.fromkeys(prompts, 1)
 
 
 TASKS = [pretrain.look_at_edit, pretrain.look_at_source, pretrain.answers, pretrain.blind_verdict,
@@ -161,33 +293,36 @@ TASKS = [pretrain.look_at_edit, pretrain.look_at_source, pretrain.answers, pretr
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
 def test_a_lesson_is_encoded_as_the_stages_encode_it(task):
     """The same tokens and pixels; and a trace, which is stripped, does not lose its first token."""
-    encode, rng = build_sft.Encoder(MODELS / "judge"), random.Random(0)
+    processor = build_sft.Processor(MODELS / "judge")
+    rng = random.Random(0)
     rows, sources, edits, found = pretrain.mixed_edits(rng, 4, None)
     samples = [task(rng, row, f) for row, f in zip(rows, found)]
-    inputs, labels = pretrain.encode_batch(encode.tokenizer, samples, sources, edits)
-    for (chat, reply), *pictures in zip(samples, map(W.to_pil, sources), map(W.to_pil, edits)):
+    inputs, labels = pretrain.encode_batch(processor.tokenizer, samples, sources, edits)
+    for (chat, reply), source, edit in zip(samples, sources, edits):
+        images = {"source": W.to_pil(source), "edit": W.to_pil(edit)}
         for part in chat[0]["content"]:
             if part["type"] == "image":
-                part["image"] = pictures[pretrain.PICTURES.index(part["image"])]
+                part["image"] = images[part["image"]]
         assert reply == reply.lstrip()
-    want = encode([chat for chat, _ in samples])
+    want = processor([chat for chat, _ in samples])
     assert torch.equal(inputs["pixel_values"].cpu(), want["pixel_values"])
     for i, (_, reply) in enumerate(samples):
-        learned, real = labels[i] != -100, inputs["attention_mask"][i] == 1
+        learned = labels[i] != -100
+        real = inputs["attention_mask"][i] == 1
         prompt = want["input_ids"][i][want["attention_mask"][i] == 1]
         assert inputs["input_ids"][i][real & ~learned].tolist() == prompt.tolist()
-        assert encode.tokenizer.decode(labels[i][learned]) == reply + "<|im_end|>"
+        assert processor.tokenizer.decode(labels[i][learned]) == reply + "<|im_end|>"
 
 
 def test_what_the_judge_is_taught_is_what_the_oracle_says():
-    """The marks that its lessons end in give the oracle's SC and PQ, and evaluate.py reads them."""
+    """The ratings that its lessons end in give the oracle's SC and PQ, and evaluate.py reads them."""
     rows, _, _, found = pretrain.mixed_edits(random.Random(1), 60, None)
-    seen, names = set(), (("success", "restraint"), ("naturalness", "cleanliness"))
+    seen = set()
     for row, f in zip(rows, found):
-        lessons = pretrain_judge.change_marks, pretrain_judge.picture_marks
-        marks = [evaluate.parse_marks(lesson(None, row, f)[1], pair).values()
-                 for lesson, pair in zip(lessons, names)]
-        scores = evaluate.edit_scores(*marks)
+        _, sc_text = pretrain_judge.change_marks(None, row, f)
+        _, pq_text = pretrain_judge.picture_marks(None, row, f)
+        scores = evaluate.edit_scores(evaluate.parse_ratings(sc_text, ["success", "restraint"]),
+                                      evaluate.parse_ratings(pq_text, ["naturalness", "cleanliness"]))
         assert scores["SC"] == f["SC"] and scores["PQ"] == pytest.approx(f["PQ"], abs=0.051)
         seen.add(scores["SC"])
     assert seen == {0, 5, 10}

@@ -4,17 +4,16 @@
     negated   it asks for the opposite            swapped   it is another row's
 
 each with probability p = 0 to 1. At every p the SFT-RRM and the RL-RRM judge the held-out pairs
-(greedy; how many verdicts are unreadable, and the strict accuracy where both can be read) and the
+(greedy; how many pairs have an unreadable verdict, and the strict accuracy on the others) and the
 editor's own samples (correlation of score and oracle within the groups, as Flow-GRPO would use it).
-A scalar scorer that never sees principles, toy/table2.py's, is drawn beside them if it is there.
---run is what toy/run.sh left; what is done is not done again.
+A scalar scorer of toy/table2.py, which never sees principles, is drawn beside them if it is there.
+--run is what toy/run.sh wrote; what is done is not done again.
 
     python toy/degrade.py --run runs/toy         # the table, and runs/toy/degrade/degrade.png
 """
 import argparse
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -22,125 +21,158 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "toy")]
 import evaluate            # noqa: E402
+import pictures            # noqa: E402
 import summary             # noqa: E402
 import world               # noqa: E402
+from table2 import command     # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-KINDS, SHARES = ("dropped", "doubled", "negated", "swapped"), (0, 0.25, 0.5, 1)
+KINDS = ("dropped", "doubled", "negated", "swapped")
+SHARES = (0, 0.25, 0.5, 1)
 VERIFIERS = {"SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
-             "scalar": ("table2/vlm_scalar_0/rl/model", summary.GREY)}
+             "scalar": ("table2/vlm_scalar_0/rl/model", pictures.GRAY)}
+NUMBERS = ("pairs unread", "accuracy of the others", "correlation")
 
 
 # ---------------------------------------------------------------- the faults
 
 def opposite(question, rng):
     """The contrary in the world's own words; "other places" and "clean" have none and stay."""
-    if found := re.fullmatch(r"Is (?:the|there a) (\w+ \w+) (?:still )?at the .*", question):
-        return f"Is the {found[1]} gone?"
-    if found := re.fullmatch(r"Is the (\w+ \w+) gone\?", question):
-        return f"Is there a {found[1]} at the {rng.choice(world.PLACES)}?"
-    if found := re.fullmatch(r"(Is the background (?:still )?)(\w+)\?", question):
-        return f"{found[1]}{rng.choice([c for c in world.BACKGROUNDS if c != found[2]])}?"
+    match = re.fullmatch(r"Is (?:the|there a) (\w+ \w+) (?:still )?at the .*", question)
+    if match:
+        return f"Is the {match[1]} gone?"
+    match = re.fullmatch(r"Is the (\w+ \w+) gone\?", question)
+    if match:
+        return f"Is there a {match[1]} at the {rng.choice(world.PLACES)}?"
+    match = re.fullmatch(r"(Is the background (?:still )?)(\w+)\?", question)
+    if match:
+        other = rng.choice([color for color in world.BACKGROUNDS if color != match[2]])
+        return f"{match[1]}{other}?"
     return question
 
 
 def degrade(row, kind, p, others):
-    """The row, each of its principles spoilt with probability p; one at least is left.
+    """The row, each of its principles spoiled with probability p; at least one is left.
 
-    What is spoilt at some p is spoilt at every larger one.
+    What is spoiled at some p is spoiled at every larger one.
     """
-    rng, principles = random.Random(f"{row['id']} {kind}"), []
+    rng = random.Random(f"{row['id']} {kind}")
+    principles = []
     for principle in row["principles"]:
-        spoilt, other = rng.random() < p, rng.choice(others)
+        is_spoiled = rng.random() < p
+        other = rng.choice(others)
         contrary = principle | dict(question=opposite(principle["question"], rng))
-        principles += [principle] if not spoilt else dict(
-            dropped=[], doubled=[principle] * 2, negated=[contrary], swapped=[other])[kind]
+        faults = dict(dropped=[], doubled=[principle, principle], negated=[contrary],
+                      swapped=[other])
+        principles += faults[kind] if is_spoiled else [principle]
     return row | dict(principles=principles or row["principles"][:1])
 
 
-def write_degraded(old, new, kind, p, keys):
+def write_degraded(old, new, kind, p, fields):
     """The JSONL file `old` degraded as `new`; kind "bare" leaves no principles at all."""
-    rows = [evaluate.move_paths(row, keys, old, new) for row in world.read_jsonl(old)]
+    rows = [evaluate.rebase_paths(row, fields, old, new) for row in world.read_jsonl(old)]
     others = [principle for row in rows for principle in row["principles"]]
-    world.write_jsonl(new, [row | dict(principles=[]) if kind == "bare" else
-                            degrade(row, kind, p, others) for row in rows])
+    if kind == "bare":
+        rows = [row | dict(principles=[]) for row in rows]
+    else:
+        rows = [degrade(row, kind, p, others) for row in rows]
+    world.save_jsonl(new, rows)
 
 
-# ---------------------------------------------------------------- what comes of them
-
-def command(log, script, *flags):
-    """One stage, as one would run it by hand, on one thread."""
-    with open(log, "a") as file:
-        subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True,
-                       stdout=file, stderr=file, env=os.environ | dict(OMP_NUM_THREADS="1"))
-
+# ---------------------------------------------------------------- what follows from them
 
 def measure(run, kind, p):
-    """{judge: (share of pairs unread, strict accuracy of the others, correlation)}; NaN: too few."""
+    """{judge: [share of pairs unread, strict accuracy of the others, correlation]}.
+
+    Numbers are NaN where too few verdicts can be read.
+    """
     out = run / "degrade" / f"{kind}_{p}"
-    found, result = {}, out / "found.json"
+    result = out / "found.json"
     if result.exists():
-        return json.loads(result.read_text())
+        return json.loads(result.read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     write_degraded(run / "data/reward_bench/preferences.jsonl", out / "pairs.jsonl", kind, p,
                    ["source", "chosen", "rejected"])
     write_degraded(run / "trust/candidates.jsonl", out / "candidates.jsonl", kind, p,
                    ["source", "edit"])
-    judges = {name: run / path for name, (path, _) in VERIFIERS.items()
+    models = {name: run / path for name, (path, _) in VERIFIERS.items()
               if (name == "scalar") == (kind == "bare")}
-
-    command(out / "log", "build_sft.py", "--toy", "--principles", run / "data/rl/principles.jsonl",
-            "--temperatures", 0, "--max_new", 256, "--pool", *judges.values(), "--out", out)
-    read = world.read_jsonl(out / "traces.jsonl")                 # none, if no verdict can be read
-    trust = world.trust(out / "traces.jsonl") if read else {}
-    for name, model in judges.items():
-        command(out / "log", "evaluate.py", "reward", "--toy", "--max_new", 256, "--vlm", model,
-                "--pairs", out / "pairs.jsonl", "--out", out / name)
-        reward = json.loads((out / name / "reward.json").read_text())
+    correlations = correlate(out, models.values())
+    found = {}
+    for name, model in models.items():
+        command(out / "log", "evaluate.py", "reward", "--toy", "--max_new_tokens", 256,
+                "--vlm", model, "--pairs", out / "pairs.jsonl", "--out", out / name)
+        reward = json.loads((out / name / "reward.json").read_text(encoding="utf-8"))
         unread = reward["unparsed"]
-        found[name] = (unread, reward["strict"] / (1 - unread), trust.get(str(model), math.nan)
-                       ) if unread < 0.9 else (unread, math.nan, math.nan)
-    result.write_text(json.dumps(found))
+        found[name] = [unread, math.nan, math.nan]
+        if unread < 0.9:
+            accuracy = reward["strict"] / (1 - unread)
+            found[name] = [unread, accuracy, correlations.get(str(model), math.nan)]
+    result.write_text(json.dumps(found), encoding="utf-8")
     print(f"{out} is done", flush=True)
     return found
 
 
+def correlate(out, models):
+    """{model: correlation of its scores with the oracle's}, of one greedy verdict on each edit."""
+    traces = out / "traces.jsonl"
+    try:
+        command(out / "log", "build_sft.py", "--toy", "--temperatures", 0,
+                "--max_new_tokens", 256, "--pool", *models, "--out", out)
+    except subprocess.CalledProcessError:
+        if not traces.exists() or world.read_jsonl(traces):
+            raise
+        return {}                           # it ran, but no verdict of any model can be read
+    return world.trust(traces)
+
+
 def draw(found, path):
-    """A row of panels a kind of fault: unread, accuracy, correlation, over p."""
-    sheet = Image.new("RGB", (3 * 400, 4 * 200), "white")
-    for i, title in enumerate(("pairs unread", "accuracy of the others", "correlation")):
-        for j, kind in enumerate(KINDS):
-            curves = {name: (colour, [(p, value) for p in SHARES
-                                      if (value := found[kind, p][name][i]) == value])     # no NaN
-                      for name, (_, colour) in VERIFIERS.items() if name in found[kind, 0]}
-            box = (400 * i + 8, 200 * j + 8, 400 * i + 392, 200 * j + 192)
-            summary.line_chart(ImageDraw.Draw(sheet), box, f"{kind}: {title}", curves, "p =")
-    sheet.save(path)
+    """A line of charts for each kind of fault: unread, accuracy, correlation, over p."""
+    lines = []
+    for kind in KINDS:
+        charts = []
+        for i, title in enumerate(NUMBERS):
+            curves = {}
+            for name, (_, color) in VERIFIERS.items():
+                points = [(p, found[kind, p][name][i]) for p in SHARES if name in found[kind, p]]
+                curves[name] = color, [point for point in points if not math.isnan(point[1])]
+            charts.append(summary.line_chart(f"{kind}: {title}", curves))
+        lines.append(charts)
+    summary.stack(lines).save(path)
+
+
+def measure_all(run):
+    """{(kind, p): what `measure` finds}. At p = 0 all kinds are alike and are measured once."""
+    jobs = [("dropped", 0)] + [(kind, p) for kind in KINDS for p in SHARES if p > 0]
+    if (run / VERIFIERS["scalar"][0]).exists():
+        jobs.append(("bare", 0))
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda job: measure(run, *job), jobs)
+        done = dict(zip(jobs, results))
+    found = {}
+    for kind in KINDS:
+        for p in SHARES:
+            measured = done[kind, p] if p > 0 else done["dropped", 0]
+            found[kind, p] = measured | done.get(("bare", 0), {})
+    return found
 
 
 def main():
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--run", type=lambda path: Path(path).resolve(), default="runs/toy",
-                       help="what toy/run.sh wrote")
-    run = flags.parse_args().run
-    keys = [(kind, p) for kind in KINDS for p in SHARES]
-    same = {key: ("dropped", 0) if key[1] == 0 else key for key in keys}     # all alike at p = 0
-    jobs = [*dict.fromkeys(same.values())]
-    jobs += [("bare", 0)] if (run / VERIFIERS["scalar"][0]).exists() else []
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(jobs, pool.map(lambda job: measure(run, *job), jobs)))
-    found = {key: done[same[key]] | done.get(("bare", 0), {}) for key in keys}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="runs/toy", help="What toy/run.sh wrote.")
+    run = Path(parser.parse_args().run).resolve()
+    found = measure_all(run)
     lines = ["| principles | p | judge | unread | accuracy of the others | correlation |",
              "| --- " * 6 + "|"]
     for (kind, p), judges in found.items():
         for name, numbers in judges.items():
-            lines.append(f"| {kind} | {p} | {name} | {' | '.join(f'{x:.3f}' for x in numbers)} |")
+            cells = " | ".join(f"{number:.3f}" for number in numbers)
+            lines.append(f"| {kind} | {p} | {name} | {cells} |")
     print("\n".join(lines))
-    (run / "degrade/degrade.md").write_text("\n".join(lines) + "\n")
+    (run / "degrade/degrade.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(found, run / "degrade/degrade.png")
 
 

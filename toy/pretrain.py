@@ -8,9 +8,9 @@
     vlm_small   the same, smaller: for toy/study.py
     teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
 
-The teacher's leniency is the flaw that the paper starts from: a point that fails is often called
-passed. The inspector's labels are true (read off the pixels by the oracle), so selection helps, but
-cannot cure it.
+The teacher's leniency is the flaw that the paper starts from: it often passes a point that fails.
+The inspector's labels are true (the oracle reads them off the pixels), so selection helps, but it
+cannot cure the teacher.
 
     python toy/pretrain.py --out toy/models
 """
@@ -57,7 +57,7 @@ PHRASES = [
     '", "category": "follow"', '", "category": "keep"', '", "category": "quality"',
     '{"gold": [{"question": "', '", "gold": 0', '", "gold": 1', "}]}", "}]", ".", "Seen:"]
 LENIENT = {"follow": 0.4, "keep": 0.75, "quality": 0.4}  # chance that the teacher passes a failure
-STRICT = 0.04                                            # ... and that it fails a point that passes
+STRICT = 0.04                                            # chance that it fails a point that passes
 # width and layers of the language model, width of the vision tower
 SIZES = dict(vlm=(128, 4, 96), vlm_small=(96, 3, 64))
 PICTURES = "source", "edit"     # what a chat holds in place of the pictures themselves
@@ -72,11 +72,13 @@ def tokenizer():
     tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    words = [*W.OBJECTS, *W.COLOURS, *W.SHAPES, *W.BACKGROUNDS, *W.PLACES]
-    words = [f"Verdict {k}:\n" for k in range(1, 9)] + [f" {w}" for w in words]
-    words += [f" {p}:" for p in W.PLACES]
+    names = [*W.OBJECTS, *W.COLORS, *W.SHAPES, *W.BACKGROUNDS, *W.PLACES]
+    words = [f"Verdict {k}:\n" for k in range(1, 9)]
+    words += [f" {name}" for name in names]
+    words += [f" {place}:" for place in W.PLACES]
     rules = [ANSWER_RULES, *LOOK_RULES, build_sft.VERDICT_RULES, build_sft.INSPECTOR_RULES,
-             decompose.DECOMPOSE_RULES, *map(decompose.example, decompose.EXAMPLES)]
+             decompose.DECOMPOSE_RULES]
+    rules += [decompose.format_example(instruction) for instruction in decompose.EXAMPLES]
     tok.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     tok.add_tokens([AddedToken(s, special=False, normalized=False)
                     for s in dict.fromkeys(words + PHRASES + rules)])
@@ -96,7 +98,8 @@ def image_processor():
 def build_vlm(tok, size):
     """Qwen2.5-VL, about a million parameters; at this width a std of 0.02 never learns to look."""
     hidden, layers, tower = SIZES[size]
-    ids, spread = tok.convert_tokens_to_ids, hidden**-0.5
+    ids = tok.convert_tokens_to_ids
+    spread = hidden**-0.5
     text = dict(
         vocab_size=len(tok), hidden_size=hidden, intermediate_size=3 * hidden,
         num_hidden_layers=layers,
@@ -124,20 +127,21 @@ def pixels(pictures):
 # ---------------------------------------------------------------- edits to look at
 
 def near_miss(rng, code):
-    """An object that shares its shape or its colour with this one."""
+    """An object that shares its shape or its color with this one."""
     return rng.choice([code // 4 * 4 + rng.randrange(4), rng.randrange(3) * 4 + code % 4])
 
 
 def wrong_scene(rng, scene, target):
     """A categorical fault, as editors make them; the verifier has to know each kind."""
-    shown, place = list(target), 1 + rng.randrange(4)
+    shown = list(target)
+    place = 1 + rng.randrange(4)
     changed = [i for i in range(5) if scene[i] != target[i]][0]
     fault = rng.randrange(5)
     if fault == 0:                                              # nothing is done
         return list(scene)
     if fault == 1 and changed == 0:                             # another background
         shown[0] = rng.randrange(4)
-    elif fault == 1:            # half right: wrong shape or colour; another colour instead of gone
+    elif fault == 1:            # half right: wrong shape or color; another color instead of gone
         shown[changed] = (near_miss(rng, target[changed]) if target[changed] >= 0
                           else scene[changed] // 4 * 4 + rng.randrange(4))
     elif fault == 2 and changed:                                # the right thing in a wrong place
@@ -155,7 +159,8 @@ def wrong_scene(rng, scene, target):
 
 def rendered_edits(rng, n):
     """Rendered right and wrong edits: rows (scene, instruction, target), sources, edits."""
-    rows, shown = [], []
+    rows = []
+    shown = []
     while len(rows) < n:
         scene = W.random_scene(rng)
         if W.split_of(scene) == "pretrain":
@@ -197,20 +202,22 @@ def describe(shown, which, clean=None):
     """The picture, place by place."""
     places = "".join(f" {place}: {thing(code)}" for place, code in zip(W.PLACES, shown[1:]))
     state = "" if clean is None else " clean" if clean else " smudged"
-    return f"The {which} image shows {[*W.BACKGROUNDS][shown[0]]} background{places}{state}.\n"
+    return f"The {which} image shows {W.BACKGROUND_NAMES[shown[0]]} background{places}{state}.\n"
 
 
 def look(question, target, found):
     """What there is to see for one question."""
     shown = found["shown"]
-    if match := re.search(r"(\w+ \w+)(?: still)? at the (.*)\?", question):
+    match = re.search(r"(\w+ \w+)(?: still)? at the (.*)\?", question)
+    if match:
         return f" {match[1]} {match[2]}: {thing(shown[1 + W.PLACES.index(match[2])])}"
-    if match := re.search(r"the (.*) gone", question):
+    match = re.search(r"the (.*) gone", question)
+    if match:
         code = W.OBJECTS.index(match[1])
         where = [place for place, seen in zip(W.PLACES, shown[1:]) if seen == code]
         return f" {match[1]} {where[0] if where else 'nothing'}"
     if "background" in question:
-        return f" background {[*W.BACKGROUNDS][shown[0]]}"
+        return f" background {W.BACKGROUND_NAMES[shown[0]]}"
     if "empty" in question:
         extra = [seen for seen, wanted in zip(shown[1:], target[1:]) if wanted < 0 <= seen]
         return f"{question} {thing(extra[0] if extra else -1)}"
@@ -219,9 +226,11 @@ def look(question, target, found):
 
 def walk(scene, target, found, verdict):
     """The reasoning: question by question what there is to see, and the answer to it."""
-    lines = [f"{look(p['question'], target, found)}{' yes' if v else ' no'}\n"
-             for p, v in zip(W.principles(scene, target), verdict)]
-    return "Seen:" + "".join(lines)     # begins without a space: stripped, it has the same tokens
+    text = "Seen:"                      # begins without a space: stripped, it has the same tokens
+    for principle, answer in zip(W.principles(scene, target), verdict):
+        seen = look(principle["question"], target, found)
+        text += f"{seen}{' yes' if answer else ' no'}\n"
+    return text
 
 
 def verdict_text(row, found, verdict, score):
@@ -296,8 +305,8 @@ def decomposition(rng, row, found):
     named = [c if c >= 0 else t for c, t in zip(scene[1:], target[1:]) if c != t] or [-1]
     things = "".join(f" {thing(c)} {p}: {thing(named[0])}{' yes' if [c] == named else ' no'}\n"
                      for c, p in zip(scene[1:], W.PLACES) if c >= 0)
-    seen = f"The source image shows {[*W.BACKGROUNDS][scene[0]]} background\n{things}"
-    examples = map(decompose.example, rng.sample([*decompose.EXAMPLES], 4))
+    seen = f"The source image shows {W.BACKGROUND_NAMES[scene[0]]} background\n{things}"
+    examples = rng.sample(list(decompose.EXAMPLES), 4)
     chat = decompose.decompose_chat(PICTURES[0], instruction, examples)
     return chat, seen + json.dumps(W.principles(scene, target))
 
@@ -306,7 +315,9 @@ def decomposition(rng, row, found):
 
 def encode_batch(tok, samples, sources, edits):
     """[(chat, reply)] -> right-padded inputs (nothing is generated), labels, -100 on the prompt."""
-    ids, labels, pictures = [], [], []
+    ids = []
+    labels = []
+    pictures = []
     for (chat, reply), *pair in zip(samples, sources, edits):
         text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         pictures += [pair[PICTURES.index(part["image"])] for part in chat[0]["content"]
@@ -316,8 +327,10 @@ def encode_batch(tok, samples, sources, edits):
         ids.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([-100] * len(prompt) + answer))
     mask = [torch.ones_like(row) for row in ids]
-    ids, labels, mask = (torch.nn.utils.rnn.pad_sequence(rows, True, value).to(DEVICE)
-                         for rows, value in ((ids, tok.pad_token_id), (labels, -100), (mask, 0)))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(ids, True, tok.pad_token_id).to(DEVICE)
+    labels = pad(labels, True, -100).to(DEVICE)
+    mask = pad(mask, True, 0).to(DEVICE)
     image = tok.convert_tokens_to_ids("<|image_pad|>")
     return dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == image).int(),
                 **pixels(pictures)), labels
@@ -338,7 +351,8 @@ def train_vision(model, tok, steps, rng, pool, batch=96):
         tokens = model.model.visual(*pixels(edits).values()).pooler_output         # (4 B, width)
         shown = torch.tensor([f["shown"] for f in found], device=DEVICE)
         clean = torch.tensor([f["clean"] for f in found], device=DEVICE)
-        codes, clean = shown[:, 1:].flatten(), clean.repeat_interleave(4)
+        codes = shown[:, 1:].flatten()
+        clean = clean.repeat_interleave(4)
         background = shown[:, 0].repeat_interleave(4)
         truth = [torch.where(codes >= 0, codes, 12), background, (~clean).long()]
         logits = [tokens @ embedding.weight[w].T * 4 / embedding.embedding_dim**0.5 for w in words]
@@ -360,7 +374,8 @@ def learn(loss, params, optimizer):
 def train_language(model, tok, steps, lr, batch, tasks, rng, pool, name):
     """Cross-entropy on the replies; what is read off pictures and questions weighs more."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    begun, light = time.time(), torch.ones(len(tok), device=DEVICE)
+    begun = time.time()
+    light = torch.ones(len(tok), device=DEVICE)
     seen = [*W.OBJECTS, *W.PLACES, *W.BACKGROUNDS, "nothing", "clean", "smudged"]
     light[torch.tensor(tok("".join(f" {w}" for w in seen)).input_ids)] = 3.0
     points = (" yes\n", " no\n", '", "score": 0', '", "score": 1', '", "gold": 0', '", "gold": 1')
@@ -401,41 +416,61 @@ def save(model, tok, size, folder):
 
 # ---------------------------------------------------------------- where it is right and where not
 
+def ask_in_parts(vlm, chats, temperature):
+    """The replies' texts, 100 chats at a time."""
+    texts = []
+    for start in range(0, len(chats), 100):
+        part = chats[start:start + 100]
+        seeds = list(range(start, start + len(part)))
+        texts += [reply.text for reply in vlm.generate(part, 128, temperature, seeds)]
+    return texts
+
+
 def diagnose(folder, pool, n=400):
     """Verdicts on `n` held-out edits: how often every kind of point is answered rightly."""
-    ask = build_sft.connect(folder, torch.device(DEVICE))
-    rows, sources, edits = [part[:n] for part in pool]
+    vlm = build_sft.VLM(folder, "", torch.device(DEVICE))
+    rows, sources, edits = pool
+    rows = rows[:n]
+    sources = sources[:n]
+    edits = edits[:n]
     found = W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
     principles = [W.principles(r[0], r[2]) for r in rows]
     chats = [build_sft.verdict_chat(W.to_pil(s), W.to_pil(e), r[1], p)
              for r, s, e, p in zip(rows, sources, edits, principles)]
     for temperature in (0, 1):
-        replies = [t for i in range(0, n, 100) for t in ask(chats[i:i + 100], 128, temperature, i)]
-        verdicts = [build_sft.parse_verdict(t, len(p)) for t, p in zip(replies, principles)]
-        read, tally = [known for known in zip(verdicts, found, principles) if known[0]], {}
-        for (answers, _, _), truth, asked in read:
-            for answer, true, p in zip(answers, truth["verdict"], asked):
+        replies = ask_in_parts(vlm, chats, temperature)
+        tally = {}
+        scores = []
+        for text, truth, questions in zip(replies, found, principles):
+            verdict = build_sft.parse_verdict(text, len(questions))
+            if verdict is None:
+                continue
+            scores.append((verdict.score, truth["O"]))
+            for answer, true, p in zip(verdict.verdict, truth["verdict"], questions):
                 tally.setdefault((p["category"], true), []).append(answer == true)
         table = "  ".join(f"{c} {'true' if true else 'FALSE'} {sum(v) / len(v):.2f} ({len(v)})"
                           for (c, true), v in sorted(tally.items()))
-        scores = torch.tensor([(verdict[2], truth["O"]) for verdict, truth, _ in read]).view(-1, 2)
-        print(f"{folder} T={temperature}: unread {n - len(read)}/{n}, correlation with O "
+        scores = torch.tensor(scores).view(-1, 2)
+        print(f"{folder} T={temperature}: unread {n - len(scores)}/{n}, correlation with O "
               f"{torch.corrcoef(scores.T)[0, 1]:.2f} | {table}", flush=True)
 
 
 def editor_pool(folders, n, seeds, split="pretrain", name=0):
     """The editors' own edits of n prompts, `seeds` each: rows, sources, edits."""
     rows = W.edits_of(split, n, seed=name)
-    sources, texts = [W.to_pil(p) for p in W.render([r[0] for r in rows])], [r[1] for r in rows]
-    config = argparse.Namespace(steps=6, guidance=2.5, size=W.SIZE)
-    every, before, after = [], [], []
+    sources = [W.to_pil(picture) for picture in W.render([row[0] for row in rows])]
+    texts = [row[1] for row in rows]
+    config = argparse.Namespace(num_inference_steps=6, guidance_scale=2.5, resolution=W.SIZE)
+    every = []
+    before = []
+    after = []
     for folder in folders:
         pipe = build_sft.load_editor(folder, torch.device(DEVICE))
         for i in range(0, n, 96):
             for k in range(seeds):
                 part = range(i, min(n, i + 96))
                 generators = [torch.Generator().manual_seed(1000 * j + k) for j in part]
-                images = build_sft.run_pipeline(
+                images = build_sft.run_editor(
                     pipe, sources[i:i + 96], texts[i:i + 96], generators, config)
                 every += [rows[j] for j in part]
                 before.append(W.render([rows[j][0] for j in part]))
@@ -451,10 +486,12 @@ def main():
     parser.add_argument("--editors", nargs="+", default=editors)
     parser.add_argument("--out", default="toy/models")
     args = parser.parse_args()
-    tok, weak = tokenizer(), editor_pool(args.editors[:1], 2500, 2)
+    tok = tokenizer()
+    weak = editor_pool(args.editors[:1], 2500, 2)
     for size in ("vlm_small", "vlm"):
         torch.manual_seed(0)
-        rng, model = random.Random(0), build_vlm(tok, size).to(DEVICE)
+        rng = random.Random(0)
+        model = build_vlm(tok, size).to(DEVICE)
         train_vision(model, tok, 120, rng, weak)
         tasks = {look_at_edit: 0.75, look_at_source: 0.25}
         train_language(model, tok, 400, 1.5e-3, 48, tasks, rng, weak, "look")

@@ -2,12 +2,12 @@
 
     python toy/pretrain_editor.py --out toy/models        toy/models/editor, toy/models/editor_weak
 
-Every part is of the class that the large model has; together they have 2 M parameters. First comes
-the VAE, then the transformer and both text encoders jointly. Half of the targets are wrong,
-cleanly: another colour, another place, a bystander lost, nothing done. So the editor learns a
-mixture of right and wrong edits, which reinforcement learning can sort out later; blur it could not
-mend. The weak editor is an early snapshot of the same run. Only scenes of the split "pretrain" are
-seen.
+Every part has the class that it has in the large model; together they have 2 M parameters. The VAE
+is trained first, then the transformer and both text encoders jointly. Half of the targets are
+wrong, but clean: another color, another place, a bystander lost, nothing done. So the editor learns
+a mixture of right and wrong edits, among which reinforcement learning can choose later; it could
+not repair blur. The weak editor is an early snapshot of the same run. Only scenes of the split
+"pretrain" are used.
 
 Shapes: B edits; pictures (B, 3, 32, 32) in 0..1; packed latents (B, 4, 32), one a place; 16 tokens.
 """
@@ -41,7 +41,7 @@ INSTRUCTIONS = (
     [f"change the background to {b}" for b in world.BACKGROUNDS]
     + [f"remove the {o}" for o in world.OBJECTS]
     + [f"add a {o} at the {p}" for o in world.OBJECTS for p in world.PLACES]
-    + [f"change the {o} to {c}" for o in world.OBJECTS for c in world.COLOURS]
+    + [f"change the {o} to {c}" for o in world.OBJECTS for c in world.COLORS]
     + [f"turn the {o} into a {s}" for o in world.OBJECTS for s in world.SHAPES])
 
 
@@ -109,22 +109,26 @@ def faulty(rng, scene, target):
     others = holes if before < 0 else objects
     wrong = target
     while wrong == target:
-        wrong, kind = list(target), rng.choice(FAULTS)
+        wrong = list(target)
+        kind = rng.choice(FAULTS)
         if kind == "nothing":
             wrong = list(scene)
         elif kind == "attribute" and changed == 0:
             wrong[0] = rng.randrange(4)
-        elif kind == "attribute":                       # of shape and colour only one is right
+        elif kind == "attribute":                       # of shape and color only one is right
             code = after if after >= 0 else before
             half_right = [c for c in range(12) if (c % 4 == code % 4) != (c // 4 == code // 4)]
             wrong[changed] = rng.choice(half_right)
         elif kind == "elsewhere" and changed > 0 and others:
-            wrong, other = list(scene), rng.choice(others)
+            wrong = list(scene)
+            other = rng.choice(others)
             wrong[other] = after
-            if before >= 0 and after >= 0:              # only the shape or only the colour changes
-                old, new = divmod(scene[other], 4), divmod(after, 4)
+            if before >= 0 and after >= 0:              # only the shape or only the color changes
+                old_shape, old_color = divmod(scene[other], 4)
+                new_shape, new_color = divmod(after, 4)
                 same_shape = before // 4 == after // 4
-                wrong[other] = 4 * old[0] + new[1] if same_shape else 4 * new[0] + old[1]
+                wrong[other] = (4 * old_shape + new_color if same_shape
+                                else 4 * new_shape + old_color)
         elif kind == "extra" and holes:
             wrong[rng.choice(holes)] = rng.randrange(12)
         elif kind == "bystander" and objects:
@@ -132,7 +136,7 @@ def faulty(rng, scene, target):
     return wrong
 
 
-def draw_edits(rng, n):
+def random_edits(rng, n):
     """n of (scene, instruction, scene to learn)."""
     rows = []
     while len(rows) < n:
@@ -147,7 +151,9 @@ def draw_edits(rng, n):
 def report(name, pipe, samples, path=None):
     """Prints the oracle's means over 256 held-out edits; path: a PNG of source, edit, target."""
     scenes, instructions, targets = zip(*world.edits_of("rl", 256))
-    sources, generator, found = world.render(scenes), torch.Generator().manual_seed(0), []
+    sources = world.render(scenes)
+    generator = torch.Generator().manual_seed(0)
+    found = []
     pipe.set_progress_bar_config(disable=True)
     for _ in range(samples):
         edits = pipe(image=sources, prompt=list(instructions), height=world.SIZE, width=world.SIZE,
@@ -155,8 +161,10 @@ def report(name, pipe, samples, path=None):
                      guidance_scale=GUIDANCE, max_sequence_length=TEXT_LENGTH, generator=generator,
                      output_type="pt").images
         found.append(world.oracle(edits, scenes, targets))
-    marks = {k: torch.tensor([[float(row[k]) for row in rows] for rows in found])   # (samples, 256)
-             for k in ("right", "clean", "SC", "PQ", "O")}
+    marks = {}                              # name -> (samples, 256)
+    for name_of_mark in ("right", "clean", "SC", "PQ", "O"):
+        marks[name_of_mark] = torch.tensor(
+            [[float(row[name_of_mark]) for row in rows] for rows in found])
     for kind, start, every in [("all", 0, 1)] + [(k, i, 5) for i, k in enumerate(world.EDITS)]:
         means = "  ".join(f"{k} {m[:, start::every].mean():.3f}" for k, m in marks.items())
         print(f"  {name}  {kind:<10}  {means}")
@@ -174,12 +182,14 @@ def report(name, pipe, samples, path=None):
 def train_vae(steps):
     """A trained VAE with its scaling_factor and shift_factor measured."""
     torch.manual_seed(0)
-    rng, vae, start = random.Random(0), build_vae(), time.monotonic()
+    rng = random.Random(0)
+    vae = build_vae()
+    start = time.monotonic()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, weight_decay=0.0)
     for step in range(1, steps + 1):
         decay = max(0.01, 1 - step / steps) ** 0.5
         optimizer.param_groups[0]["lr"] = VAE_LR * min(1, step / 50) * decay
-        pictures = world.render([e[2] for e in draw_edits(rng, VAE_BATCH)])
+        pictures = world.render([e[2] for e in random_edits(rng, VAE_BATCH)])
         latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
         # The decoder learns to see through some noise: an editor's unfinished work comes out clean.
         level = VAE_NOISE * latents.std().detach() * torch.rand(VAE_BATCH, 1, 1, 1)
@@ -195,11 +205,11 @@ def train_vae(steps):
             print(f"VAE {step}/{steps}  L1 {error.abs().mean():.4f}  {seconds:.0f} s to go",
                   flush=True)
     with torch.no_grad():
-        pictures = world.render([e[2] for e in draw_edits(rng, 512)])
+        pictures = world.render([e[2] for e in random_edits(rng, 512)])
         latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
         quality = world.read_scenes(vae.decode(latents).sample / 2 + 0.5)[1].mean()
-    scale, shift = 1 / latents.std().item(), latents.mean().item()
-    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    vae.register_to_config(
+        scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     print(f"VAE: PQ of reconstructions {10 * quality:.2f}", flush=True)
     return vae.eval().requires_grad_(False)
 
@@ -207,7 +217,8 @@ def train_vae(steps):
 @torch.no_grad()
 def every_scene(pipe):
     """The packed latents of all scenes, (4, 13, 13, 13, 13, 4, 32): encoded once, not always."""
-    packed, config = [], pipe.vae.config
+    packed = []
+    config = pipe.vae.config
     for scenes in torch.cartesian_prod(torch.arange(4), *[torch.arange(-1, 12)] * 4).split(512):
         latents = pipe.vae.encode(world.render(scenes) * 2 - 1).latent_dist.mode()
         latents = (latents - config.shift_factor) * config.scaling_factor
@@ -215,11 +226,19 @@ def every_scene(pipe):
     return torch.cat(packed).unflatten(0, (4, 13, 13, 13, 13))
 
 
+def latents_of(latents, scenes):
+    """The rows of `every_scene` for these scenes (B, 5): an empty place is -1 and has index 0."""
+    indices = torch.tensor(scenes) + torch.tensor([0, 1, 1, 1, 1])
+    return latents[tuple(indices.T)]
+
+
 def velocity(pipe, x, sigma, reference, instructions):
     """The transformer's answer for latents x at noise levels sigma (B,)."""
     distinct = sorted(set(instructions))                # many are alike: each is encoded once
     text = pipe.encode_prompt(distinct, None, max_sequence_length=TEXT_LENGTH)
-    embeddings, pooled = (t[[distinct.index(i) for i in instructions]] for t in text[:2])
+    indices = [distinct.index(instruction) for instruction in instructions]
+    embeddings = text[0][indices]
+    pooled = text[1][indices]
     ids = pipe._prepare_latent_image_ids(1, 2, 2, x.device, x.dtype)
     velocities = pipe.transformer(
         hidden_states=torch.cat([x, reference], 1), timestep=sigma,
@@ -232,21 +251,26 @@ def velocity(pipe, x, sigma, reference, instructions):
 def train_editor(vae, steps, at_step):
     """Trains a pipeline; its running average goes to at_step(step, average) after every step."""
     torch.manual_seed(1)
-    rng, pipe = random.Random(1), build_pipeline(vae)
-    average, parts = copy.deepcopy(pipe), ["transformer", "text_encoder", "text_encoder_2"]
+    rng = random.Random(1)
+    pipe = build_pipeline(vae)
+    average = copy.deepcopy(pipe)
+    parts = ["transformer", "text_encoder", "text_encoder_2"]
     weights = [w for part in parts for w in getattr(pipe, part).parameters()]
     averages = [w.requires_grad_(False)
                 for part in parts for w in getattr(average, part).parameters()]
     optimizer = torch.optim.AdamW(weights, lr=LR, betas=(0.9, 0.99), weight_decay=0.01)
-    latents, empty, start = every_scene(pipe), torch.tensor([0, 1, 1, 1, 1]), time.monotonic()
+    latents = every_scene(pipe)
+    start = time.monotonic()
     for step in range(1, steps + 1):
         decay = math.cos(step / DECAY * math.pi / 2)
         optimizer.param_groups[0]["lr"] = LR * min(1, step / 100) * decay
-        scenes, instructions, learn = zip(*draw_edits(rng, BATCH))
-        reference, clean = (latents[tuple((torch.tensor(s) + empty).T)] for s in (scenes, learn))
+        scenes, instructions, learn = zip(*random_edits(rng, BATCH))
+        reference = latents_of(latents, scenes)
+        clean = latents_of(latents, learn)
         # Evenly spread noise levels, shifted towards noise as the sampler's are.
         u = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
-        sigma, noise = 1.5 * u / (1 + 0.5 * u), torch.randn_like(clean)
+        sigma = 1.5 * u / (1 + 0.5 * u)
+        noise = torch.randn_like(clean)
         x = clean + sigma[:, None, None] * (noise - clean)
         loss = (velocity(pipe, x, sigma, reference, instructions) - (noise - clean)).square().mean()
         optimizer.zero_grad()

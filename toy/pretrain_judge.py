@@ -1,10 +1,10 @@
-"""Train the toy's judge: the VLM that marks an editor's pictures in stage 6 (evaluate.py judge).
+"""Train the toy's judge: the VLM that rates an editor's pictures in stage 6 (evaluate.py judge).
 
 In the paper this is a large model that has nothing to do with the reward. Here it starts from
-toy/models/vlm, knows the edits of the two editors, and learns evaluate.py's own prompts: success
-and restraint of an edit, naturalness and cleanliness of a picture, true as the oracle reads them.
-What it sees it says first, place by place. It has seen no edit of an editor that Flow-GRPO has
-changed.
+toy/models/vlm, the base model of the reward model, and learns evaluate.py's own prompts on edits
+of the two editors: success and restraint of an edit, naturalness and cleanliness of a picture, as
+the oracle reads them. It first says what it sees, place by place. It has seen no edit of an editor
+that Flow-GRPO has changed.
 
     python toy/pretrain_judge.py --out toy/models      # after toy/pretrain.py
 """
@@ -18,7 +18,6 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import build_sft            # noqa: E402
 import evaluate             # noqa: E402
 import pretrain as P        # noqa: E402
 import world as W           # noqa: E402
@@ -28,42 +27,55 @@ FIXED = [evaluate.SC_RULES, evaluate.PQ_RULES, '{"success": ', ', "restraint": '
          "0.0", "5.0", "10.0"]
 
 
+def things(scene):
+    """The words for the background and for each place of a scene."""
+    return [W.BACKGROUND_NAMES[scene[0]]] + [P.thing(code) for code in scene[1:]]
+
+
 def change_marks(rng, row, found):
     """What was where, what should be there, what is there now; what is done and kept; the marks."""
-    (scene, instruction, target), shown = row, found["shown"]
-    names = [" background", *(f" {place}:" for place in W.PLACES)]
-    things = [[[*W.BACKGROUNDS][s[0]], *map(P.thing, s[1:])] for s in (scene, target, shown)]
-    lines = [f"{name} {was}, then {wanted}, now {is_now}{' yes' if is_now == wanted else ' no'}\n"
-             for name, was, wanted, is_now in zip(names, *things)]
+    scene, instruction, target = row
+    names = [" background"] + [f" {place}:" for place in W.PLACES]
+    text = "Seen:"
+    for name, was, wanted, is_now in zip(
+            names, things(scene), things(target), things(found["shown"])):
+        answer = "yes" if is_now == wanted else "no"
+        text += f"{name} {was}, then {wanted}, now {is_now} {answer}\n"
     categories = [p["category"] for p in W.principles(scene, target)]
-    asked, kept = ("".join(" yes" if v else " no" for c, v in zip(categories, found["verdict"])
-                           if c == name) for name in ("follow", "keep"))
+    answers = {"follow": "", "keep": "", "quality": ""}
+    for category, answer in zip(categories, found["verdict"]):
+        answers[category] += " yes" if answer else " no"
+    text += f"Asked:{answers['follow']}. Kept:{answers['keep']}.\n"
     follow, keep = W.follow_and_keep(categories, found["verdict"])
-    marks = f'{{"success": {10 * follow:.1f}, "restraint": {10 * keep:.1f}}}'
-    return (evaluate.judge_chats(*P.PICTURES, instruction)[0],
-            f"Seen:{''.join(lines)}Asked:{asked}. Kept:{kept}.\n{marks}")
+    text += f'{{"success": {10 * follow:.1f}, "restraint": {10 * keep:.1f}}}'
+    return evaluate.sc_chat(*P.PICTURES, instruction), text
 
 
 def picture_marks(rng, row, found):
     """The edit alone: what it shows, clean or smudged; then the same mark twice."""
-    seen, mark = P.describe(found["shown"], "edited", found["clean"]), found["PQ"]
-    return (evaluate.judge_chats(*P.PICTURES, row[1])[1],
-            f'{seen}{{"naturalness": {mark:.1f}, "cleanliness": {mark:.1f}}}')
+    seen = P.describe(found["shown"], "edited", found["clean"])
+    mark = found["PQ"]
+    text = f'{seen}{{"naturalness": {mark:.1f}, "cleanliness": {mark:.1f}}}'
+    return evaluate.pq_chat(P.PICTURES[1]), text
 
 
 def compare_marks(folder, pool, n=400):
     """Greedy marks on `n` held-out edits, beside the oracle's."""
-    ask = build_sft.connect(folder, torch.device(P.DEVICE))
-    rows, sources, edits = [part[:n] for part in pool]
+    vlm = evaluate.VLM(folder, "", torch.device(P.DEVICE))
+    rows, sources, edits = pool
+    rows = rows[:n]
+    edits = edits[:n]
     found = W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
-    chats = [evaluate.judge_chats(W.to_pil(s), W.to_pil(e), r[1])
-             for r, s, e in zip(rows, sources, edits)]
-    read, names_of = [], (("success", "restraint"), ("naturalness", "cleanliness"))
-    for asked, names in zip(zip(*chats), names_of):
-        replies = [t for i in range(0, n, 100) for t in ask(asked[i:i + 100], 128, 0, 0)]
-        marks = [evaluate.parse_marks(text, names) for text in replies]
-        read.append([known and known.values() for known in marks])
-    scores = [evaluate.edit_scores(*marks) for marks in zip(*read)]
+    sc_chats = []
+    pq_chats = []
+    for row, source, edit in zip(rows, sources, edits):
+        sc_chats.append(evaluate.sc_chat(W.to_pil(source), W.to_pil(edit), row[1]))
+        pq_chats.append(evaluate.pq_chat(W.to_pil(edit)))
+    scores = []
+    for sc, pq in zip(P.ask_in_parts(vlm, sc_chats, 0), P.ask_in_parts(vlm, pq_chats, 0)):
+        scores.append(evaluate.edit_scores(
+            evaluate.parse_ratings(sc, ["success", "restraint"]),
+            evaluate.parse_ratings(pq, ["naturalness", "cleanliness"])))
     for name in ("SC", "PQ", "O"):
         known = [(s[name], f[name]) for s, f in zip(scores, found) if s[name] is not None]
         said, true = torch.tensor(known).view(-1, 2).unbind(1)

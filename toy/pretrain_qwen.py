@@ -2,10 +2,10 @@
 
     python toy/pretrain_qwen.py --out toy/models          toy/models/editor_qwen
 
-The data, the faults and the two phases are those of pretrain_editor.py. What differs is what makes
-Qwen-Image-Edit another family: the text encoder is a Qwen2.5-VL that looks at the source picture,
-the VAE knows frames, and the transformer runs twice a step (true classifier-free guidance): so one
-instruction in ten is left out in training.
+The data, the faults and the two phases are those of pretrain_editor.py. Qwen-Image-Edit is another
+family: its text encoder is a Qwen2.5-VL that also sees the source picture, its VAE knows frames,
+and the transformer runs twice a step (true classifier-free guidance). One instruction in ten is
+therefore left out in training.
 
 Shapes: B edits; pictures (B, 3, 32, 32) in 0..1; packed latents (B, 4, 32), one a place; L tokens
 of text.
@@ -19,21 +19,23 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 from diffusers import (AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler,
                        QwenImageEditPipeline, QwenImageTransformer2DModel)
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shift
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import build_sft                            # noqa: E402
 import pretrain                             # noqa: E402
 import pretrain_editor                      # noqa: E402
-import train_flow_grpo as flow              # noqa: E402
 import world                                # noqa: E402
 
-GUIDANCE, UNTOLD = 2.0, 0.1                 # share of the edits that are learned without words
+GUIDANCE = 2.0
+UNCONDITIONAL = 0.1                         # share of the edits that are learned without words
 LAYERS, HEADS, HEAD_DIM, TEXT_WIDTH, TEXT_LAYERS = 3, 4, 32, 64, 2
 LATENT_CHANNELS, VAE_WIDTH = 8, 24
 VAE_STEPS, VAE_BATCH, VAE_LR, VAE_NOISE = 3000, 16, 5e-4, 0.3
@@ -111,12 +113,14 @@ def encode_frame(vae, pictures):
 def train_qwen_vae(steps):
     """A trained VAE whose latents have mean 0 and std 1, channel by channel."""
     torch.manual_seed(0)
-    rng, vae, start = random.Random(0), build_qwen_vae(), time.monotonic()
+    rng = random.Random(0)
+    vae = build_qwen_vae()
+    start = time.monotonic()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, weight_decay=0.0)
     for step in range(1, steps + 1):
         decay = max(0.01, 1 - step / steps) ** 0.5
         optimizer.param_groups[0]["lr"] = VAE_LR * min(1, step / 50) * decay
-        pictures = world.render([e[2] for e in pretrain_editor.draw_edits(rng, VAE_BATCH)])
+        pictures = world.render([e[2] for e in pretrain_editor.random_edits(rng, VAE_BATCH)])
         latents = encode_frame(vae, pictures)
         level = VAE_NOISE * latents.std().detach() * torch.rand(VAE_BATCH, 1, 1, 1)
         noisy = latents + level * torch.randn_like(latents)
@@ -131,7 +135,7 @@ def train_qwen_vae(steps):
             print(f"VAE {step}/{steps}  L1 {error.abs().mean():.4f}  {seconds:.0f} s to go",
                   flush=True)
     with torch.no_grad():
-        pictures = world.render([e[2] for e in pretrain_editor.draw_edits(rng, 512)])
+        pictures = world.render([e[2] for e in pretrain_editor.random_edits(rng, 512)])
         latents = encode_frame(vae, pictures)
         decoded = vae.decode(latents[:, :, None]).sample[:, :, 0] / 2 + 0.5
     std, mean = torch.std_mean(latents, (0, 2, 3))
@@ -143,8 +147,9 @@ def train_qwen_vae(steps):
 @torch.no_grad()
 def every_latent(pipe):
     """The packed latents of all scenes, (4, 13, 13, 13, 13, 4, 32): encoded once, not always."""
-    packed, c = [], pipe.vae.config
-    mean, std = (torch.tensor(m)[:, None, None] for m in (c.latents_mean, c.latents_std))
+    packed = []
+    mean = torch.tensor(pipe.vae.config.latents_mean)[:, None, None]
+    std = torch.tensor(pipe.vae.config.latents_std)[:, None, None]
     for scenes in torch.cartesian_prod(torch.arange(4), *[torch.arange(-1, 12)] * 4).split(512):
         latents = (encode_frame(pipe.vae, world.render(scenes)) - mean) / std
         packed.append(pipe._pack_latents(latents, *latents.shape))
@@ -152,42 +157,52 @@ def every_latent(pipe):
 
 
 def read_texts(pipe, pictures, instructions):
-    """What the VLM makes of pictures and instructions, as arguments of the transformer."""
+    """What the VLM reads from pictures and instructions, as arguments of the transformer."""
     texts = [pipe.prompt_template_encode.format(words) for words in instructions]
-    inputs = flow.place_pictures(pretrain.image_processor(), pipe.tokenizer,
-                                [world.to_pil(picture) for picture in pictures], texts)
+    images = [world.to_pil(picture) for picture in pictures]
+    inputs = build_sft.tokenize_with_images(
+        pipe.tokenizer, pretrain.image_processor(), texts, images)
     start = pipe.prompt_template_encode_start_idx
     states = pipe.text_encoder.model(**inputs)[0]
     return dict(encoder_hidden_states=states[:, start:],                            # (B, L, H)
                 encoder_hidden_states_mask=inputs["attention_mask"][:, start:].bool())
 
 
-def conditions(pipe, latents, scenes, instructions):
-    """What `train_flow_grpo.predict_velocity` is told about these edits."""
-    pictures, empty = world.render(scenes), torch.tensor([0, 1, 1, 1, 1])
-    reference = latents[tuple((torch.tensor(scenes) + empty).T)]
-    return dict(told=read_texts(pipe, pictures, instructions), reference=reference, guidance=1.0,
-                grid=[2, 2], places=dict(img_shapes=[[(1, 2, 2)] * 2]))
+def qwen_velocity(pipe, x, sigma, reference, text):
+    """The transformer's answer for latents x at noise levels sigma (B,); text: of read_texts."""
+    velocity = pipe.transformer(
+        hidden_states=torch.cat([x, reference], 1), timestep=sigma.expand(len(x)), **text,
+        img_shapes=[[(1, 2, 2), (1, 2, 2)]], return_dict=False)[0]
+    return velocity[:, :x.shape[1]]
+
+
+def trained_weights(pipe):
+    return [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]
 
 
 def train_qwen_editor(pipe, steps, at_step):
     """Trains a pipeline; its running average goes to at_step(step, average) now and then."""
-    rng, average = random.Random(1), copy.deepcopy(pipe)
-    weights, averages = ([w for part in ("transformer", "text_encoder")
-                          for w in getattr(p, part).parameters()] for p in (pipe, average))
+    rng = random.Random(1)
+    average = copy.deepcopy(pipe)
+    weights = trained_weights(pipe)
+    averages = trained_weights(average)
     optimizer = torch.optim.AdamW(weights, lr=LR, betas=(0.9, 0.99), weight_decay=0.01)
-    latents, empty, start = every_latent(pipe), torch.tensor([0, 1, 1, 1, 1]), time.monotonic()
+    latents = every_latent(pipe)
+    start = time.monotonic()
     for step in range(1, steps + 1):
         decay = math.cos(step / DECAY * math.pi / 2)
         optimizer.param_groups[0]["lr"] = LR * min(1, step / 100) * decay
-        scenes, instructions, learn = zip(*pretrain_editor.draw_edits(rng, BATCH))
-        told = [" " if rng.random() < UNTOLD else words for words in instructions]
-        clean = latents[tuple((torch.tensor(learn) + empty).T)]
+        scenes, instructions, learn = zip(*pretrain_editor.random_edits(rng, BATCH))
+        instructions = [" " if rng.random() < UNCONDITIONAL else words for words in instructions]
+        reference = pretrain_editor.latents_of(latents, scenes)
+        clean = pretrain_editor.latents_of(latents, learn)
         # Evenly spread noise levels, shifted towards noise as the sampler's are.
         u = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
-        sigma, noise = 1.5 * u / (1 + 0.5 * u), torch.randn_like(clean)
+        sigma = 1.5 * u / (1 + 0.5 * u)
+        noise = torch.randn_like(clean)
         x = clean + sigma[:, None, None] * (noise - clean)
-        velocity = flow.predict_velocity(pipe, x, sigma, conditions(pipe, latents, scenes, told))
+        text = read_texts(pipe, world.render(scenes), instructions)
+        velocity = qwen_velocity(pipe, x, sigma, reference, text)
         loss = (velocity - (noise - clean)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -202,17 +217,43 @@ def train_qwen_editor(pipe, steps, at_step):
             at_step(average, latents)
 
 
+def noise_levels(scheduler, num_tokens, steps):
+    """The noise levels from 1 to 0 of the pipeline's own sampler: (steps + 1,)."""
+    config = scheduler.config
+    mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len,
+                         config.base_shift, config.max_shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+    return scheduler.sigmas
+
+
+def decode_latents(pipe, x):
+    """Packed latents (B, 4, 32) -> pictures (B, 3, 32, 32) in 0..1."""
+    mean = torch.tensor(pipe.vae.config.latents_mean)[:, None, None, None]
+    std = torch.tensor(pipe.vae.config.latents_std)[:, None, None, None]
+    latents = pipe._unpack_latents(x, world.SIZE, world.SIZE, 8)            # (B, 8, 1, 4, 4)
+    pictures = pipe.vae.decode(latents * std + mean).sample[:, :, 0] / 2 + 0.5
+    return pictures.clamp(0, 1)
+
+
 @torch.no_grad()
 def report_qwen_editor(pipe, latents, guidance=GUIDANCE):
     """Prints the oracle's means over 256 held-out edits."""
     scenes, instructions, targets = zip(*world.edits_of("rl", 256))
-    cond = conditions(pipe, latents, scenes, instructions)
-    cond |= dict(untold=read_texts(pipe, world.render(scenes), [" "] * 256), guidance=guidance)
-    noise = torch.randn(cond["reference"].shape, generator=torch.Generator().manual_seed(0))
-    x, _ = flow.denoise(pipe, cond, noise, SimpleNamespace(sampler="sde", num_steps=6))
-    edits = flow.decode(pipe, x, cond["grid"])
-    pictures = torch.stack([world.from_pil(edit) for edit in edits])
-    rows = world.oracle(pictures, scenes, targets)
+    sources = world.render(scenes)
+    reference = pretrain_editor.latents_of(latents, scenes)
+    text = read_texts(pipe, sources, instructions)
+    no_text = read_texts(pipe, sources, [" "] * 256)
+    x = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
+    sigmas = noise_levels(pipe.scheduler, x.shape[1], 6)
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        velocity = qwen_velocity(pipe, x, sigma, reference, text)
+        if guidance != 1:
+            without = qwen_velocity(pipe, x, sigma, reference, no_text)
+            guided = without + guidance * (velocity - without)
+            norms = velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+            velocity = guided * norms
+        x = x + (sigma_next - sigma) * velocity
+    rows = world.oracle(decode_latents(pipe, x), scenes, targets)
     print(f"guidance {guidance}: " + "  ".join(
         f"{k} {sum(float(row[k]) for row in rows) / 256:.3f}" for k in ("right", "SC", "PQ", "O")),
         flush=True)

@@ -1,11 +1,12 @@
-"""Serve a VLM folder as OpenAI's protocol wants it: what vLLM does for large ones, in miniature.
+"""Serve a VLM folder by OpenAI's protocol: what vLLM does for large models, in miniature.
 
-Requests of equal settings that wait at the same time are answered as one batch. Greedy replies are
-the folder's own, whoever asks with whom; if a batch fails, each of its requests is asked alone, so
-that a bad one fails alone.
+Requests that wait at the same time are answered as one batch. A reply does not depend on the other
+requests: a served verdict, greedy or sampled with a seed, is the one that the scripts get from the
+folder itself. If a batch fails, each of its requests is answered alone, so that a bad one fails
+alone.
 
     python toy/serve.py --vlm toy/models/judge --port 8000
-    python evaluate.py judge --edits edits.jsonl --vlm http://127.0.0.1:8000/v1 --out DIR
+    python evaluate.py judge --toy --edits candidates.jsonl --vlm http://127.0.0.1:8000/v1 --out DIR
 """
 import argparse
 import base64
@@ -14,63 +15,94 @@ import json
 import queue
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluate import connect          # noqa: E402
+from evaluate import VLM          # noqa: E402
 
-BATCH = 64
+BATCH_SIZE = 64
+# This server samples from the model's whole distribution. A request may say so, and nothing else.
+NEUTRAL = {"top_p": [1], "top_k": [-1, 0], "min_p": [0], "repetition_penalty": [1]}
+
+
+@dataclass
+class Request:
+    """One chat that waits for its answer: a text, or the exception that it led to."""
+    chat: list
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    answer: queue.Queue
 
 
 def read_request(body):
-    """The chat of a request, its data URIs as pictures again, and (max_new, temperature, seed)."""
-    body, parts = json.loads(body), []
+    """The Request in the body of a POST; ValueError, KeyError or TypeError if there is none."""
+    body = json.loads(body)
+    for name, values in NEUTRAL.items():
+        if body.get(name, values[0]) not in values:
+            raise ValueError(f"{name} must be {values[0]}")
     [message] = body["messages"]
+    parts = []
     for part in message["content"]:
         if part["type"] == "image_url":
             data = base64.b64decode(part["image_url"]["url"].partition("base64,")[2])
             part = dict(type="image", image=Image.open(io.BytesIO(data)).convert("RGB"))
         parts.append(part)
     if not any(part["type"] == "image" for part in parts):
-        raise ValueError("a chat without a picture")
-    heat = float(body.get("temperature", 1))
-    seed = int(body.get("seed") or 0) if heat else 0
-    return [dict(role="user", content=parts)], (int(body.get("max_tokens", 512)), heat, seed)
+        raise ValueError("the chat has no image")
+    return Request(
+        chat=[dict(role="user", content=parts)],
+        max_new_tokens=int(body.get("max_tokens", 512)),
+        temperature=float(body.get("temperature", 1)),
+        seed=int(body.get("seed") or 0),
+        answer=queue.Queue())
 
 
-def answer(ask, chats, setting):
-    """A reply, or the exception, for each: nothing that is asked ends the server."""
+def answer_batch(vlm, requests):
+    """Answer requests of one temperature and length."""
+    first = requests[0]
     try:
-        return ask(chats, *setting)
-    except Exception as error:
-        return [error] if len(chats) == 1 else [answer(ask, [chat], setting)[0] for chat in chats]
+        replies = vlm.generate([request.chat for request in requests], first.max_new_tokens,
+                               first.temperature, [request.seed for request in requests])
+    except Exception as error:              # nothing that is asked may end the server
+        if len(requests) == 1:
+            first.answer.put(error)
+        else:
+            for request in requests:
+                answer_batch(vlm, [request])
+        return
+    for request, reply in zip(requests, replies):
+        request.answer.put(reply.text)
 
 
-def answer_all(ask, waiting):
-    """For ever: take what waits, (chat, setting, where the reply goes), and answer it."""
+def answer_all(vlm, waiting):
+    """Take the requests that wait and answer them, forever."""
     while True:
-        jobs = [waiting.get()]
-        while not waiting.empty() and len(jobs) < BATCH:
-            jobs.append(waiting.get())
-        for setting in {job[1] for job in jobs}:
-            some = [job for job in jobs if job[1] == setting]
-            replies = answer(ask, [chat for chat, *_ in some], setting)
-            for (*_, place), reply in zip(some, replies):
-                place.put(reply)
+        requests = [waiting.get()]
+        while not waiting.empty() and len(requests) < BATCH_SIZE:
+            requests.append(waiting.get())
+        groups = {}
+        for request in requests:
+            setting = request.max_new_tokens, request.temperature
+            groups.setdefault(setting, []).append(request)
+        for group in groups.values():
+            answer_batch(vlm, group)
 
 
-def make_server(vlm, port):
-    """A server that answers once serve_forever() runs; port 0: any free one."""
-    device, waiting = torch.device("cuda" if torch.cuda.is_available() else "cpu"), queue.Queue()
-    ask = connect(vlm, device)
-    threading.Thread(target=answer_all, args=(ask, waiting), daemon=True).start()
+def make_server(folder, port):
+    """A server that answers once serve_forever() runs. Port 0 means any free one."""
+    vlm = VLM(folder, "", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    waiting = queue.Queue()
+    threading.Thread(target=answer_all, args=(vlm, waiting), daemon=True).start()
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
+        def log_message(self, *unused):
             pass
 
         def send(self, status, content):
@@ -82,21 +114,26 @@ def make_server(vlm, port):
             self.wfile.write(body)
 
         def do_GET(self):
-            self.send(200, dict(object="list", data=[dict(id=Path(vlm).name, object="model")]))
+            if self.path != "/v1/models":
+                self.send(404, dict(error=dict(message=f"there is no {self.path}")))
+                return
+            models = [dict(id=Path(folder).name, object="model")]
+            self.send(200, dict(object="list", data=models))
 
         def do_POST(self):
-            place = queue.Queue()
             try:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                waiting.put((*read_request(body), place))
-            except Exception as error:           # whatever may be wrong with what others send
-                return self.send(400, dict(error=dict(message=f"not a request: {error!r}")))
-            text = place.get()
+                request = read_request(self.rfile.read(int(self.headers["Content-Length"])))
+            except Exception as error:      # whatever may be wrong with what others send
+                self.send(400, dict(error=dict(message=f"not a request: {error!r}")))
+                return
+            waiting.put(request)
+            text = request.answer.get()
             if isinstance(text, Exception):
-                return self.send(500, dict(error=dict(message=repr(text))))
-            message = dict(role="assistant", content=text)
-            self.send(200, dict(object="chat.completion", choices=[
-                dict(index=0, finish_reason="stop", message=message)]))
+                self.send(500, dict(error=dict(message=repr(text))))
+                return
+            choice = dict(index=0, finish_reason="stop",
+                          message=dict(role="assistant", content=text))
+            self.send(200, dict(object="chat.completion", choices=[choice]))
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
@@ -104,8 +141,8 @@ def make_server(vlm, port):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vlm", default="toy/models/judge", help="folder of a Qwen2.5-VL")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--vlm", default="toy/models/judge", help="Folder of a VLM.")
+    parser.add_argument("--port", type=int, default=8000, help="Port on this machine.")
     args = parser.parse_args()
     server = make_server(args.vlm, args.port)
     print(f"{args.vlm} answers at http://127.0.0.1:{server.server_port}/v1", flush=True)

@@ -1,26 +1,26 @@
 """The toy world: a place so small that the truth about every edit can be read off its pixels.
 
-A scene is a 32x32 picture of 2x2 places on a plain background; a place is empty or holds one of 3
-shapes in one of 4 colours. Five kinds of edit exist: recolor, remove, add, reshape, background. The
-*oracle* reads an edited picture place by place (the nearest clean place wins, so grey is not half
-of black) and answers the principles:
+A scene is a 32x32 picture with 2x2 places on a plain background. A place is empty or holds one of 3
+shapes in one of 4 colors. There are five kinds of edit: recolor, remove, add, reshape, background.
+The *oracle* reads an edited picture place by place (the nearest clean place wins, so gray is not
+half of black) and answers the principles:
 
-    Follow F = share of the follow questions met          SC = 10 min(F, K)
-    Keep   K = max(0, 1 - violations / 2)                 PQ = 10 Q
-    Quality Q = mean closeness of the places to clean     O  = sqrt(SC PQ)
+    Follow F  = share of the follow questions that are met      SC = 10 min(F, K)
+    Keep K    = max(0, 1 - violations / 2)                      PQ = 10 Q
+    Quality Q = mean closeness of the places to clean ones      O  = sqrt(SC PQ)
 
-The oracle plays two parts that are people in the paper: the annotators of the preference pairs
-(with a little noise and a "same" class, which is dropped) and the judge of the final editor. No
-stage script knows it.
+The oracle plays two parts that people play in the paper: it labels the preference pairs (with a
+little noise, and pairs that it calls the same are dropped), and it judges the final editor. No
+stage script sees it.
 
     python toy/world.py edits --out runs/toy/data           <split>/edits.jsonl, <split>/images/
     python toy/world.py prefer --candidates candidates.jsonl --out preferences.jsonl
     python toy/world.py trust --traces traces.jsonl         how good a reward is, by the oracle
-    python toy/world.py judge --edits edits.jsonl --out scores.jsonl
+    python toy/world.py judge --edits candidates.jsonl --out scores.jsonl
     python toy/world.py curve --samples flow/samples --out oracle.jsonl     along a Flow-GRPO run
 
-Shapes: B pictures; a scene is (background, place 1, ..., place 4), place = -1 (empty) or 4 shape +
-colour.
+Shapes: B pictures; a scene is (background, place 1, ..., place 4). A place is -1 (empty) or an
+object's code, 4 * shape + color.
 """
 import argparse
 import hashlib
@@ -32,18 +32,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from PIL import ImageDraw
 
-SIZE, PLACE = 32, 16
-COLOURS = {
+SIZE = 32               # the side of a picture in pixels
+PLACE = 16              # the side of a place
+COLORS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40)}
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (128, 128, 128),
                "pink": (250, 190, 200)}
+BACKGROUND_NAMES = list(BACKGROUNDS)
+COLOR_NAMES = list(COLORS)
 SHAPES = ["circle", "square", "triangle"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 EDITS = ["recolor", "remove", "add", "reshape", "background"]
-OBJECTS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
-# A scene belongs to exactly one split, by a hash of its own: share out of 100.
+OBJECTS = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
+# Each scene belongs to exactly one split, by its hash. The numbers are shares out of 100.
 SPLITS = {
     "pretrain": 60, "sft": 8, "preferences": 10, "reward_bench": 8, "rl": 7, "editor_bench": 7}
 EDITS_OF = {"sft": 240, "preferences": 480, "reward_bench": 480, "rl": 240, "editor_bench": 320}
@@ -53,11 +57,13 @@ EDITS_OF = {"sft": 240, "preferences": 480, "reward_bench": 480, "rl": 240, "edi
 
 def shape_mask(shape, place, oversample=8):
     """Coverage (SIZE, SIZE) in 0..1 of one shape in one place, anti-aliased."""
-    sheet = Image.new("L", (SIZE * oversample,) * 2, 0)
+    sheet = Image.new("L", (SIZE * oversample, SIZE * oversample), 0)
     draw = ImageDraw.Draw(sheet)
     row, column = divmod(place, 2)
-    size, r = PLACE * oversample, 0.36 * PLACE * oversample
-    x, y = (column + 0.5) * size, (row + 0.5) * size
+    side = PLACE * oversample
+    r = 0.36 * PLACE * oversample
+    x = (column + 0.5) * side
+    y = (row + 0.5) * side
     if shape == "circle":
         draw.ellipse([x - r, y - r, x + r, y + r], fill=255)
     elif shape == "square":
@@ -68,9 +74,9 @@ def shape_mask(shape, place, oversample=8):
     return torch.from_numpy(coverage)
 
 
-MASKS = torch.stack([torch.stack([shape_mask(s, p) for p in range(4)])
-                     for s in SHAPES])                          # (3, 4, SIZE, SIZE)
-COLOUR_RGB = torch.tensor(list(COLOURS.values())) / 255
+MASKS = torch.stack([torch.stack([shape_mask(shape, place) for place in range(4)])
+                     for shape in SHAPES])                      # (3, 4, SIZE, SIZE)
+COLOR_RGB = torch.tensor(list(COLORS.values())) / 255
 BACKGROUND_RGB = torch.tensor(list(BACKGROUNDS.values())) / 255
 
 
@@ -82,7 +88,7 @@ def render(scenes):
         code = scenes[:, 1 + place]
         known = code.clamp(min=0)
         mask = (MASKS[known // 4, place] * (code >= 0)[:, None, None])[:, None]
-        pictures = pictures * (1 - mask) + COLOUR_RGB[known % 4][:, :, None, None] * mask
+        pictures = pictures * (1 - mask) + COLOR_RGB[known % 4][:, :, None, None] * mask
     return pictures
 
 
@@ -96,7 +102,7 @@ def random_scene(rng):
 
 
 def split_of(scene):
-    """The one split this scene belongs to, so that no picture of one split is seen in another."""
+    """The one split that this scene belongs to, so that splits have no source picture in common."""
     share = int(hashlib.sha256(str(list(scene)).encode()).hexdigest(), 16) % 100
     for name, width in SPLITS.items():
         if share < width:
@@ -107,12 +113,13 @@ def split_of(scene):
 # ---------------------------------------------------------------- instructions and principles
 
 def random_edit(rng, scene, kind=None):
-    """(instruction, target scene) of one edit; the result never holds the same object twice."""
+    """(instruction, target scene) of one edit; the target never holds the same object twice."""
     kind = kind or rng.choice(EDITS)
-    target, objects = list(scene), [c for c in scene[1:] if c >= 0]
+    target = list(scene)
+    objects = [code for code in scene[1:] if code >= 0]
     if kind == "background":
         target[0] = rng.choice([b for b in range(4) if b != scene[0]])
-        return f"change the background to {list(BACKGROUNDS)[target[0]]}", target
+        return f"change the background to {BACKGROUND_NAMES[target[0]]}", target
     if kind == "add":
         place = rng.choice([p for p in range(4) if scene[1 + p] < 0])
         target[1 + place] = rng.choice([c for c in range(12) if c not in objects])
@@ -123,41 +130,46 @@ def random_edit(rng, scene, kind=None):
         target[place] = -1
         return f"remove the {OBJECTS[code]}", target
     if kind == "recolor":
-        recoloured = [c for c in range(12) if c // 4 == code // 4 and c not in objects]
-        target[place] = rng.choice(recoloured)
-        return f"change the {OBJECTS[code]} to {list(COLOURS)[target[place] % 4]}", target
-    target[place] = rng.choice([c for c in range(12) if c % 4 == code % 4 and c // 4 != code // 4])
+        same_shape = [c for c in range(12) if c // 4 == code // 4 and c not in objects]
+        target[place] = rng.choice(same_shape)
+        return f"change the {OBJECTS[code]} to {COLOR_NAMES[target[place] % 4]}", target
+    same_color = [c for c in range(12) if c % 4 == code % 4 and c // 4 != code // 4]
+    target[place] = rng.choice(same_color)
     if target[place] in objects:
         return random_edit(rng, scene)
     return f"turn the {OBJECTS[code]} into a {SHAPES[target[place] // 4]}", target
 
 
 def apply_instruction(scene, instruction):
-    """(kind, target scene) that a perfect editor would reach; ValueError outside the grammar."""
+    """(kind, target scene) of a perfect edit; ValueError for an instruction outside the grammar."""
     target = list(scene)
-    if match := re.fullmatch(r"change the background to (\w+)", instruction):
-        target[0] = list(BACKGROUNDS).index(match[1])
+    match = re.fullmatch(r"change the background to (\w+)", instruction)
+    if match:
+        target[0] = BACKGROUND_NAMES.index(match[1])
         return "background", target
-    if match := re.fullmatch(r"add a (\w+ \w+) at the (\w+ \w+)", instruction):
+    match = re.fullmatch(r"add a (\w+ \w+) at the (\w+ \w+)", instruction)
+    if match:
         target[1 + PLACES.index(match[2])] = OBJECTS.index(match[1])
         return "add", target
-    pattern = r"(?:remove|change|turn) the (\w+ \w+)(?: to (\w+)| into a (\w+))?"
-    if match := re.fullmatch(pattern, instruction):
-        code = OBJECTS.index(match[1])
-        place = 1 + scene[1:].index(code)
-        if match[2]:
-            target[place] = code // 4 * 4 + list(COLOURS).index(match[2])
-            return "recolor", target
-        if match[3]:
-            target[place] = SHAPES.index(match[3]) * 4 + code % 4
-            return "reshape", target
-        target[place] = -1
-        return "remove", target
-    raise ValueError(f"not an instruction of the toy world: {instruction!r}")
+    match = re.fullmatch(r"(?:remove|change|turn) the (\w+ \w+)(?: to (\w+)| into a (\w+))?",
+                         instruction)
+    if not match:
+        raise ValueError(f"not an instruction of the toy world: {instruction!r}")
+    name, color, shape = match.groups()
+    code = OBJECTS.index(name)
+    place = 1 + scene[1:].index(code)
+    if color:
+        target[place] = code // 4 * 4 + COLOR_NAMES.index(color)
+        return "recolor", target
+    if shape:
+        target[place] = SHAPES.index(shape) * 4 + code % 4
+        return "reshape", target
+    target[place] = -1
+    return "remove", target
 
 
 def principles(scene, target):
-    """The ground-truth decomposition, place by place: [{question, category}], yes = good."""
+    """The true decomposition, place by place: [{question, category}]; yes is always good."""
     rows = []
     for place, before, after in zip(PLACES, scene[1:], target[1:]):
         if before == after >= 0:
@@ -167,12 +179,12 @@ def principles(scene, target):
         if before != after and before >= 0:
             rows.append((f"Is the {OBJECTS[before]} gone?", "follow"))
     if scene[0] != target[0]:
-        rows.append((f"Is the background {list(BACKGROUNDS)[target[0]]}?", "follow"))
+        rows.append((f"Is the background {BACKGROUND_NAMES[target[0]]}?", "follow"))
     else:
-        rows.append((f"Is the background still {list(BACKGROUNDS)[scene[0]]}?", "keep"))
+        rows.append((f"Is the background still {BACKGROUND_NAMES[scene[0]]}?", "keep"))
     rows.append(("Are all other places empty?", "keep"))
     rows.append(("Is the picture clean?", "quality"))
-    return [{"question": q, "category": c} for q, c in rows]
+    return [{"question": question, "category": category} for question, category in rows]
 
 
 # ---------------------------------------------------------------- the oracle
@@ -184,8 +196,9 @@ def clean_places():
 
 
 CLEAN = clean_places()
-SHARP, MUSH = 0.025, 0.125  # mean absolute distance to a clean place: full marks below, none above
-DIRTY = 0.6                 # a picture is clean while its worst place keeps this share of the marks
+SHARP = 0.025       # mean absolute distance to a clean place, up to which a place has full marks
+MUSH = 0.125        # the distance from which on it has none
+DIRTY = 0.6         # a picture is clean while its worst place keeps this share of the marks
 
 
 def read_scenes(pictures):
@@ -203,39 +216,43 @@ def read_scenes(pictures):
 
 def is_true(question, target, shown, clean):
     """The answer to a question of `principles`, given the scene that the edit shows."""
-    if match := re.search(r"(\w+ \w+) (?:still )?at the (\w+ \w+)", question):
+    match = re.search(r"(\w+ \w+) (?:still )?at the (\w+ \w+)", question)
+    if match:
         return shown[1 + PLACES.index(match[2])] == OBJECTS.index(match[1])
-    if match := re.search(r"the (\w+ \w+) gone", question):
+    match = re.search(r"the (\w+ \w+) gone", question)
+    if match:
         return OBJECTS.index(match[1]) not in shown[1:]
     if "background" in question:
-        return question.endswith(f"{list(BACKGROUNDS)[shown[0]]}?")
+        return question.endswith(f"{BACKGROUND_NAMES[shown[0]]}?")
     if "empty" in question:
-        return all(s < 0 for s, t in zip(shown[1:], target[1:]) if t < 0)
+        return all(seen < 0 for seen, wanted in zip(shown[1:], target[1:]) if wanted < 0)
     return clean
 
 
 def follow_and_keep(categories, verdict):
     """F and K in 0..1 from the categories of the principles and their 0/1 answers."""
-    follow = [v for c, v in zip(categories, verdict) if c == "follow"]
-    violations = sum(1 - v for c, v in zip(categories, verdict) if c == "keep")
+    follow = [answer for category, answer in zip(categories, verdict) if category == "follow"]
+    keep = [answer for category, answer in zip(categories, verdict) if category == "keep"]
+    violations = sum(1 - answer for answer in keep)
     return sum(follow) / len(follow), max(0.0, 1 - violations / 2)
 
 
 def marks_to_scores(categories, verdict, quality):
     """(SC, PQ, O) on 0..10 from the categories and 0/1 answers of the principles and Q in 0..1."""
-    sc, pq = 10 * min(follow_and_keep(categories, verdict)), 10 * quality
+    sc = 10 * min(follow_and_keep(categories, verdict))
+    pq = 10 * quality
     return sc, pq, (sc * pq) ** 0.5
 
 
 def oracle(pictures, scenes, targets):
-    """Per picture: the scene it shows, the true verdict, if it is right, SC, PQ and O on 0..10."""
+    """For each picture: the scene that it shows, its true verdict, if it is right, SC, PQ and O."""
     shown, marks = read_scenes(pictures)
     rows = []
     for scene, target, seen, mark in zip(scenes, targets, shown.tolist(), marks):
         clean = bool(mark.min() >= DIRTY)
-        asked = principles(scene, target)
-        verdict = [int(is_true(p["question"], target, seen, clean)) for p in asked]
-        categories = [p["category"] for p in asked]
+        questions = principles(scene, target)
+        verdict = [int(is_true(p["question"], target, seen, clean)) for p in questions]
+        categories = [p["category"] for p in questions]
         sc, pq, o = marks_to_scores(categories, verdict, mark.mean().item())
         rows.append(dict(shown=seen, clean=clean, verdict=verdict, right=seen == list(target),
                          SC=sc, PQ=pq, O=o))
@@ -248,32 +265,37 @@ def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def write_jsonl(path, rows):
-    """Written beside and renamed, so that a killed run leaves no half file."""
+def save_jsonl(path, rows):
+    """Write another file and rename it, so that a kill leaves either the old or the new file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
 
 
 def to_pil(picture):
+    """A picture (3, SIZE, SIZE) in 0..1 as a PIL image."""
     pixels = (picture.numpy().clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 def from_pil(image):
-    """A picture as (3, SIZE, SIZE) in 0..1."""
+    """A PIL image as a picture (3, SIZE, SIZE) in 0..1."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def load_pictures(path, rows, key):
-    """The pictures row[key] of a JSONL file: (B, 3, SIZE, SIZE) in 0..1."""
-    return torch.stack([from_pil(Image.open(Path(path).parent / row[key])) for row in rows])
+def load_pictures(path, rows, field):
+    """The pictures row[field] of a JSONL file: (B, 3, SIZE, SIZE) in 0..1."""
+    folder = Path(path).parent
+    return torch.stack([from_pil(Image.open(folder / row[field])) for row in rows])
 
 
 def edits_of(split, n, seed=0):
-    """n different (scene, instruction, target) of one split, the kinds of edit in turn."""
-    rng, seen, rows = random.Random(f"{seed} {split}"), set(), []
+    """n different (scene, instruction, target) of one split; the kinds of edit take turns."""
+    rng = random.Random(f"{seed} {split}")
+    seen = set()
+    rows = []
     while len(rows) < n:
         scene = random_scene(rng)
         if split_of(scene) != split:
@@ -285,39 +307,57 @@ def edits_of(split, n, seed=0):
     return rows
 
 
+def source_name(scene):
+    """The file of a scene: edits of the same scene share their source file."""
+    return "_".join("x" if code < 0 else str(code) for code in scene) + ".png"
+
+
 def write_edits(out):
-    """<split>/edits.jsonl {id, source, instruction, task}, pictures; every split but pretrain."""
+    """Every split but pretrain: <split>/edits.jsonl {id, source, instruction, task} and images."""
     for split, n in EDITS_OF.items():
-        rows, folder, edits = [], Path(out) / split, edits_of(split, n)
+        folder = Path(out) / split
         (folder / "images").mkdir(parents=True, exist_ok=True)
+        edits = edits_of(split, n)
         pictures = render([scene for scene, _, _ in edits])
+        rows = []
         for i, (scene, instruction, _) in enumerate(edits):
-            # named by its scene, so that edits of the same scene share their source file
-            source = f"images/{'_'.join('x' if code < 0 else str(code) for code in scene)}.png"
+            source = f"images/{source_name(scene)}"
             to_pil(pictures[i]).save(folder / source)
-            task = apply_instruction(scene, instruction)[0]
+            task, _ = apply_instruction(scene, instruction)
             rows.append(dict(
                 id=f"{split}_{i:04d}", source=source, instruction=instruction, task=task))
-        write_jsonl(folder / "edits.jsonl", rows)
+        save_jsonl(folder / "edits.jsonl", rows)
         print(f"{len(rows)} edits in {folder}/edits.jsonl")
 
 
 def judge_rows(path, rows):
     """The oracle on rows {source, instruction, edit}; it reads the scene off the source."""
     scenes = read_scenes(load_pictures(path, rows, "source"))[0].tolist()
-    targets = [apply_instruction(s, r["instruction"])[1] for s, r in zip(scenes, rows)]
+    targets = []
+    for scene, row in zip(scenes, rows):
+        targets.append(apply_instruction(scene, row["instruction"])[1])
     return oracle(load_pictures(path, rows, "edit"), scenes, targets)
 
 
-def prefer(candidates, out, same=1.0, noise=0.03):
-    """Candidates -> human-like pairs: better O wins, |difference| < same is dropped, some flip.
+def prompt_of(row):
+    """The id of the prompt that a candidate `<prompt>/<editor>/<k>` belongs to."""
+    return row["id"].rsplit("/", 2)[0]
 
-    The candidates of one edit are shuffled (by its id) and shown to the annotator two by two.
+
+# ---------------------------------------------------------------- the oracle as people
+
+def prefer(candidates, out, same=1.0, noise=0.03):
+    """Candidates -> pairs as people would label them: the edit with the better O wins.
+
+    The candidates of one edit are shuffled (by its id) and compared two by two. A difference below
+    `same` is no pair, and a share `noise` of the labels is flipped.
     """
-    rows, groups, dropped, pairs = read_jsonl(candidates), {}, 0, []
-    for row, found in zip(rows, judge_rows(candidates, rows)):
-        groups.setdefault(row["id"].rsplit("/", 2)[0], []).append((row, found["O"]))
-    folder = os.path.relpath(Path(candidates).parent, Path(out).parent)
+    rows = read_jsonl(candidates)
+    groups = {}
+    for row, truth in zip(rows, judge_rows(candidates, rows)):
+        groups.setdefault(prompt_of(row), []).append((row, truth["O"]))
+    pairs = []
+    dropped = 0
     for name, group in groups.items():
         rng = random.Random(name)
         rng.shuffle(group)
@@ -325,45 +365,63 @@ def prefer(candidates, out, same=1.0, noise=0.03):
             if abs(score_a - score_b) < same:
                 dropped += 1
                 continue
-            chosen, rejected = (a, b) if (score_a > score_b) ^ (rng.random() < noise) else (b, a)
-            paths = dict(source=a["source"], chosen=chosen["edit"], rejected=rejected["edit"])
-            paths = {key: os.path.normpath(os.path.join(folder, p)) for key, p in paths.items()}
-            row = {key: a[key] for key in ("instruction", "principles", "task")}
-            pairs.append(dict(id=f"{name}/{k}", **row, **paths))
-    write_jsonl(out, pairs)
+            flipped = rng.random() < noise
+            chosen, rejected = (a, b) if (score_a > score_b) != flipped else (b, a)
+            pairs.append(pair_row(f"{name}/{k}", chosen, rejected, candidates, out))
+    save_jsonl(out, pairs)
     print(f"{len(pairs)} pairs in {out}; {dropped} were called the same and dropped")
 
 
-def trust(traces):
-    """Within-group correlation of every VLM's score with the oracle's O on an editor's samples.
+def pair_row(name, chosen, rejected, candidates, out):
+    """A row of preferences.jsonl, with image paths that are relative to it."""
+    folder = os.path.relpath(Path(candidates).parent, Path(out).parent)
+    paths = dict(source=chosen["source"], chosen=chosen["edit"], rejected=rejected["edit"])
+    row = dict(id=name)
+    for field in ("instruction", "principles", "task"):
+        row[field] = chosen[field]
+    for field, path in paths.items():
+        row[field] = os.path.normpath(os.path.join(folder, path))
+    return row
 
-    Both are centred within the samples of a prompt, as Flow-GRPO centres rewards, then correlated.
-    -> {vlm: correlation}, printed too
+
+# ---------------------------------------------------------------- the oracle as a judge
+
+def trust(traces):
+    """How well each VLM's score follows the oracle's O within a prompt's edits: {vlm: correlation}.
+
+    Both are centered within the edits of a prompt, as Flow-GRPO centers rewards, then correlated.
     """
-    rows, groups, found = read_jsonl(traces), {}, {}
+    rows = read_jsonl(traces)
+    groups = {}                             # vlm -> prompt -> [(score, O), ...]
     for row, truth in zip(rows, judge_rows(traces, rows)):
-        prompt = row["id"].rsplit("/", 2)[0]
         for trace in row["traces"]:
-            group = groups.setdefault(trace["vlm"], {}).setdefault(prompt, [])
-            group.append((trace["score"], truth["O"]))
+            by_prompt = groups.setdefault(trace["vlm"], {})
+            by_prompt.setdefault(prompt_of(row), []).append((trace["score"], truth["O"]))
+    correlations = {}
     for vlm, by_prompt in groups.items():
         samples = [torch.tensor(group, dtype=torch.float64) for group in by_prompt.values()]
-        pairs = torch.cat([group - group.mean(0) for group in samples])
-        found[vlm] = torch.corrcoef(pairs.T)[0, 1].item()
-        print(f"{vlm}: within-group correlation with the oracle's O {found[vlm]:.3f} "
+        pairs = torch.cat([group - group.mean(0) for group in samples])         # (edits, 2)
+        correlations[vlm] = torch.corrcoef(pairs.T)[0, 1].item()
+        print(f"{vlm}: within-group correlation with the oracle's O {correlations[vlm]:.3f} "
               f"({len(pairs)} edits of {len(by_prompt)} prompts)")
-    return found
+    return correlations
+
+
+def mean_scores(truths, names):
+    return {name: sum(truth[name] for truth in truths) / len(truths) for name in names}
 
 
 def judge(edits, out):
     """scores.jsonl of the oracle: {id, task, editor, SC, PQ, O, right} for every edit."""
     rows = read_jsonl(edits)
-    scores = [{k: r[k] for k in ("id", "task", "editor") if k in r}
-              | {k: f[k] for k in ("SC", "PQ", "O", "right")}
-              for r, f in zip(rows, judge_rows(edits, rows))]
-    write_jsonl(out, scores)
-    mean = {k: sum(s[k] for s in scores) / len(scores) for k in ("SC", "PQ", "O", "right")}
-    print(f"oracle on {len(scores)} edits: " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items()))
+    scores = []
+    for row, truth in zip(rows, judge_rows(edits, rows)):
+        known = {field: row[field] for field in ("id", "task", "editor") if field in row}
+        scores.append(known | {name: truth[name] for name in ("SC", "PQ", "O", "right")})
+    save_jsonl(out, scores)
+    means = mean_scores(scores, ("SC", "PQ", "O", "right"))
+    numbers = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    print(f"oracle on {len(scores)} edits: {numbers}")
 
 
 def curve(samples, out):
@@ -371,28 +429,46 @@ def curve(samples, out):
     rows = []
     for path in sorted(Path(samples).glob("step_*/edits.jsonl")):
         edits = read_jsonl(path)
-        found = judge_rows(path, edits)
-        scores = [e["score"] for e in edits if e["score"] is not None]
-        means = {f"oracle {k}": sum(f[k] for f in found) / len(found) for k in ("O", "SC", "PQ")}
+        truths = judge_rows(path, edits)
+        scores = [edit["score"] for edit in edits if edit["score"] is not None]
+        means = {"reward": sum(scores) / max(1, len(scores))}
+        for name, mean in mean_scores(truths, ("O", "SC", "PQ")).items():
+            means[f"oracle {name}"] = mean
         step = int(path.parent.name.removeprefix("step_"))
-        rows.append(dict(step=step, reward=sum(scores) / max(1, len(scores)), **means))
-        print(f"step {step:3d}  " + "  ".join(f"{k} {v:.2f}" for k, v in [*rows[-1].items()][1:]))
-    write_jsonl(out, rows)
+        rows.append(dict(step=step) | means)
+        numbers = "  ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+        print(f"step {step:3d}  {numbers}")
+    save_jsonl(out, rows)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    actions = dict(edits=(write_edits, "out"), prefer=(prefer, "candidates", "out"),
-                   trust=(trust, "traces"),
-                   judge=(judge, "edits", "out"), curve=(curve, "samples", "out"))
-    for name, (_, *flags) in actions.items():
-        command = commands.add_parser(name)
-        for flag in flags:
-            command.add_argument(f"--{flag}", required=True)
-    args = vars(parser.parse_args())
-    actions[args.pop("command")][0](**args)
+    edits_parser = commands.add_parser("edits")
+    edits_parser.add_argument("--out", required=True, help="Folder of all splits.")
+    prefer_parser = commands.add_parser("prefer")
+    prefer_parser.add_argument("--candidates", required=True, help="What build_sft.py drew.")
+    prefer_parser.add_argument("--out", required=True, help="preferences.jsonl.")
+    trust_parser = commands.add_parser("trust")
+    trust_parser.add_argument("--traces", required=True, help="traces.jsonl of build_sft.py.")
+    judge_parser = commands.add_parser("judge")
+    judge_parser.add_argument("--edits", required=True, help="Rows {source, instruction, edit}.")
+    judge_parser.add_argument("--out", required=True, help="scores.jsonl.")
+    curve_parser = commands.add_parser("curve")
+    curve_parser.add_argument("--samples", required=True, help="samples/ of train_flow_grpo.py.")
+    curve_parser.add_argument("--out", required=True, help="A JSONL file with one row per step.")
+    args = parser.parse_args()
+    if args.command == "edits":
+        write_edits(args.out)
+    if args.command == "prefer":
+        prefer(args.candidates, args.out)
+    if args.command == "trust":
+        trust(args.traces)
+    if args.command == "judge":
+        judge(args.edits, args.out)
+    if args.command == "curve":
+        curve(args.samples, args.out)
 
 
 if __name__ == "__main__":

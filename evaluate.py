@@ -250,7 +250,8 @@ def run_reward(args):
                        "The docstring of evaluate.py shows a row.")
     vlm = VLM(args.vlm, args.served_model, device)
     settings = dict(pairs=args.pairs, vlm=vlm.name, num_samples=args.num_samples,
-                    temperature=args.temperature, seed=args.seed, max_new_tokens=args.max_new_tokens,
+                    temperature=args.temperature, seed=args.seed,
+                    max_new_tokens=args.max_new_tokens,
                     prompt_hash=hashlib.sha256(VERDICT_RULES.encode()).hexdigest()[:16])
     finished = start_output(out_path, settings, rank)
 

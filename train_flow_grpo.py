@@ -18,7 +18,7 @@ One training step of one rank, with P prompts, W SDE steps, S latent tokens of C
       -> P G images and transitions       rollout_edits    x and x' (B, S, C), B edits at a time
       -> rewards (P, G)                   score_edits      NaN if a verdict cannot be parsed
       -> advantages (P, G)                group_advantages
-      -> a loss per edit and SDE step     transition_loss  (B,)
+      -> a loss per edit and SDE step     transition_loss  for the edits of B with A != 0
       -> --num_minibatches optimizer steps, each on its own part of the prompts: update_lora
 
 With dt = sigma' - sigma < 0, a = --noise_level, eps = --clip_eps and D = S C latent dimensions:
@@ -53,17 +53,19 @@ The early steps decide what the edit becomes, and noise that is added late stays
 So the W SDE steps lie in the first half; their start is drawn anew in every training step.
 Training takes six denoising steps where inference takes 28: that is enough to compare edits.
 
-Differences from the paper, which reports only G = 24 and beta = 0.04:
+Why eps is 1e-4: log pi is a mean over D (65,536 at 512 x 512), as in Flow-GRPO's code, so r stays
+very near 1. With d = (mean - mean_old) / std and the drawn noise z, log r is mean(d z) - mean(d^2)
+/ 2, and the first part averages out. So r falls below 1 whatever the update does: in effect good
+edits are never clipped, and bad ones are pushed away only until r = 1 - eps.
+
+Differences from Edit-R1, which reports only G = 24 and beta = 0.04:
     1. All other defaults are those of Flow-GRPO for Kontext, but there is no EMA of the weights.
-    2. The public code's KL is (mean - mean_ref)^2 / (2 s^2) = |dt| KL, with |dt| = 0.10 to 0.14.
-       We take its beta = 0.04 to be the paper's; for our exact KL this is beta = 0.004.
+    2. Flow-GRPO's code leaves out |dt|: its KL is |dt| times ours, and |dt| is 0.10 to 0.14. We
+       assume that Edit-R1's beta = 0.04 is for that KL, so ours is 0.04 * 0.1 = 0.004.
     3. All edits of a training step share one window of SDE steps, so none is noisier than others.
-    4. A verdict that cannot be parsed is left out of its group. Edits with A = 0 have no gradient
-       of L: to save their passes they are left out, also of the mean. A is not clipped.
-    5. As in the public code, log pi is a mean over D (65,536 at 512 x 512), so r is very near 1,
-       and eps is 1e-4 where PPO takes 0.2. With d = (mean - mean_old) / std and the drawn noise z,
-       log r = mean(d z) - mean(d^2) / 2. The first part averages out. So r is mostly below 1, where
-       the clip acts only on edits with A < 0.
+    4. A verdict that cannot be parsed is left out of its group. Edits with A = 0 are skipped: no
+       passes, no KL, and no place in the mean of the loss. A is not clipped.
+train_gcpo.py ends its docstring with a table of where the two scripts differ on purpose.
 
 Metrics             the toy's    what is healthy
 reward              5.5 -> 7.3   rises; so does eval_reward (5.6 -> 7.6; without SDE, fixed noise)
@@ -113,7 +115,7 @@ from torch.distributed.tensor import DTensor
 
 TOY = dict(num_eval=48, prompts_per_step=16, group_size=12, resolution=32, max_new_tokens=128,
            steps=50, num_minibatches=4, lr=1e-3, clip_eps=1e-3, beta=0.2, lora_rank=16,
-           micro_batch_size=48, eval_every=10)      # D is 128, so r varies more: larger eps, beta
+           micro_batch_size=48, eval_every=10)      # D is 128, so r varies more: a larger clip_eps
 REWARD_BATCH_SIZE = 48              # verdicts per generation batch of a rank
 LORA_SCALE = 2                      # alpha / rank
 
@@ -266,7 +268,7 @@ def sde_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=Non
     The rollout gives the noise with which x_next is drawn; the loss gives that x_next again.
     x, velocity, noise, x_next (B, S, C) -> x_next (B, S, C), logp (B,), mean (B, S, C), std ().
     """
-    x = x.float()                               # In bf16 the ratio would not begin at 1.
+    x = x.float()                               # bf16 would round the ratio away from 1
     velocity = velocity.float()
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
@@ -274,7 +276,7 @@ def sde_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=Non
     # Another sampler replaces the lines to `std`. The drift that is added to the ODE's x + v dt
     # makes up for the noise: for small steps, x' has the marginal distribution of the ODE.
     dt = sigma_next - sigma                                                 # < 0
-    # s would be infinite at sigma = 1. There, sigma_next replaces sigma, as in Flow-GRPO's code.
+    # At sigma = 1 the 1 - sigma under the root becomes 1 - sigma_next, as in Flow-GRPO's code.
     safe_sigma = torch.where(sigma == 1, sigma_next, sigma)
     s = noise_level * (sigma / (1 - safe_sigma)).sqrt()
     mean = x + velocity * dt + s ** 2 / (2 * sigma) * (x + (1 - sigma) * velocity) * dt
@@ -631,7 +633,7 @@ def score_edits(reward_model, prompts, images, group_size, args):
 
 
 def transition_loss(editor, transition, advantage, args):
-    """Loss, ratio and KL, each (edits,), of the edits whose advantage (B,) is not 0.
+    """Loss, ratio and KL of the edits whose advantage (B,) is not 0: (K,) each, K <= B.
 
     On a GPU, a batch of fewer edits than in the rollout may round differently in bf16, so the first
     ratios may differ from 1 a little.
@@ -653,7 +655,8 @@ def transition_loss(editor, transition, advantage, args):
         transformer.lora_enabled = False
         with torch.no_grad():
             v_ref = editor.predict_velocity(x, sigma, transition.prompt.cond)
-        transformer.lora_enabled = True     # before backward(): checkpointing runs it again
+        # On again before backward(): checkpointing then repeats the policy's forward pass.
+        transformer.lora_enabled = True
         _, _, mean_ref, _ = sde_step(x, v_ref, sigma, sigma_next, args.noise_level, x_next=x_next)
     kl = ((mean - mean_ref) / std).square().flatten(1).mean(1) / 2
 
@@ -669,8 +672,8 @@ def update_lora(editor, params, optimizer, prompts, transitions, advantages, ste
     for prompt_indices in np.array_split(np.arange(len(prompts)), args.num_minibatches):
         minibatch = [t for t in transitions if t.prompt.index in prompt_indices]
         # The loss is a mean over all SDE steps of all edits with A != 0, on all ranks.
-        num_local = advantages[prompt_indices].count_nonzero().item() * args.sde_window_size
-        num_total = sum(all_gather_lists([num_local]))
+        num_local_terms = advantages[prompt_indices].count_nonzero().item() * args.sde_window_size
+        num_total_terms = sum(all_gather_lists([num_local_terms]))
         for param in params:
             param.grad = torch.zeros_like(param)    # not None: all ranks join the all_reduce
         minibatch_ratios = []
@@ -679,14 +682,14 @@ def update_lora(editor, params, optimizer, prompts, transitions, advantages, ste
             if not advantage.any():     # Equal rewards and unparsed verdicts: nothing to learn.
                 continue
             loss, ratio, kl = transition_loss(editor, transition, advantage, args)
-            (loss.sum() / num_total).backward()
+            (loss.sum() / num_total_terms).backward()
             minibatch_ratios.extend(ratio.tolist())
             kls.extend(kl.tolist())
         if dist.is_initialized():
             for param in params:
-                dist.all_reduce(param.grad)         # a sum, since num_total counts all ranks
+                dist.all_reduce(param.grad)         # a sum, since num_total_terms counts all ranks
         grad_norm = clip_gradients(params, step)
-        if num_total > 0:
+        if num_total_terms > 0:
             optimizer.step()
         ratios.append(all_gather_lists(minibatch_ratios))
 
@@ -696,7 +699,7 @@ def update_lora(editor, params, optimizer, prompts, transitions, advantages, ste
     return dict(
         kl=kls.mean().nan_to_num().item(),          # the mean of an empty tensor is NaN
         clip_fraction=is_clipped.float().mean().nan_to_num().item(),
-        max_ratio_deviation=max(deviations[0].tolist(), default=0.0),
+        max_ratio_deviation=max(deviations[0].tolist(), default=0.0),       # before any update
         grad_norm=grad_norm)
 
 

@@ -18,12 +18,12 @@ correctly. One training step on one rank has B pairs, E = 2B edits, and R = E N 
                                  read_scores: NaN if a verdict cannot be parsed         (B, 2, N)
       -> compute_rewards         win_ratios                                             (E, N)
       -> advantages                                                                     (E, N)
-      -> make_micro_batches      drops zero-variance groups, whose rewards are all equal
+      -> make_micro_batches      skips zero-variance groups (rewards all equal: no gradient)
       -> update_policy           Policy.get_per_token_logps                             (rows, T)
                                  clipped_loss, backward pass, AdamW                     scalar
 
-    T = tokens of a verdict, padded to the longest of its batch. rows = verdicts of a micro-batch.
-    P = tokens of a prompt, V = size of the vocabulary, H = hidden size.
+    T = tokens of a verdict, padded to the longest of its batch. P = tokens of a prompt. V = size of
+    the vocabulary. H = hidden size. Inside Policy and clipped_loss, E and R are of their batch.
 
     r_w[j] = mean over k of 1[tau_w[j] > tau_l[k]]                             win_ratios
     r_l[j] = mean over k of 1[tau_l[j] < tau_w[k]]                             win_ratios
@@ -41,7 +41,7 @@ Both groups have the mean reward 2/3: the share of the N x N comparisons that ra
 correctly. With --update_epochs 1 the ratio rho is exactly 1, the clip does nothing, and GCPO is
 REINFORCE with a group baseline.
 
-    python train_gcpo.py --toy --pairs preferences.jsonl --model sft/model --out rl   # minutes, CPU
+    python train_gcpo.py --toy --pairs preferences.jsonl --model sft/model --out rl   # toy models
     torchrun --nproc-per-node=8 train_gcpo.py --pairs preferences.jsonl --model sft/model --out rl
 
 A row of preferences.jsonl (image paths are relative to the file; `principles` may be empty):
@@ -52,14 +52,16 @@ step and every evaluation) and samples/step_*.jsonl (verdicts and scores; null =
 
 Healthy metrics (see `score_metrics` and `update_policy`): eval_pair_accuracy rises, eval_tie_rate
 falls, parse_rate stays near 1, truncated_rate near 0. frac_reward_zero_std rises as pairs are
-solved. rollout_logp_diff stays below 1e-5 in fp32, near 1e-2 in bf16. The scores may drift.
+solved. rollout_logp_diff stays below 1e-5 in fp32, near 1e-2 in bf16. Only the order of the scores
+is rewarded, so chosen_score and rejected_score may drift.
 
 Differences from the paper:
     1. The paper does not report N, eps, lr, batch size, temperature or steps. We chose them.
-    2. A tie earns 0, as in the paper's equations. Its text defines r_l by the winner's scores that
-       are lower, against its equation and its figure, which we follow.
+    2. A tie earns 0, as in the paper's equations. The paper's text has r_l reversed (it counts the
+       winner's scores below tau_l); we follow its equation and its figure.
     3. The paper does not treat verdicts that cannot be parsed. Here such a verdict earns 0, so it
-       has a negative advantage if its group has any win. The mean over k leaves it out.
+       has a negative advantage if its group has any win, and the win ratios of the other edit are
+       means over the parsed verdicts.
     4. The vision tower is frozen, and the gradient is clipped to norm 1.
 
 What to change for ...
@@ -77,7 +79,7 @@ What to change for ...
 Compared with stage 5               here                            train_flow_grpo.py
     reward                          win ratio in a pair             score by the reward model
     advantage                       r - mean                        (r - mean) / std
-    old log-probs                   recomputed before the update    kept from sampling
+    old log-probs                   those of the first epoch        kept from sampling
     verdict that is not parsed      earns 0 and is trained on       its edit is left out
     zero-variance groups            count as 0 in the mean loss     are left out of the mean
     optimizer steps per rollout     each trains on all of it        each trains on a part of it
@@ -128,7 +130,7 @@ def parse_args():
     rollout.add_argument("--group_size", type=int, default=8, help="N, the verdicts per edit.")
     rollout.add_argument("--max_new_tokens", type=int, default=1024, help="Verdict length limit.")
     rollout.add_argument("--rollout_batch_size", type=int, default=16,
-                         help="Edits per sampling batch.")
+                         help="Edits sampled at once, each with N verdicts.")
 
     update = parser.add_argument_group("update")
     update.add_argument("--steps", type=int, default=625, help="About one epoch of 10,000 pairs.")
@@ -506,7 +508,7 @@ def generate_rollout(policy, pairs, seed_key, args):
     for start in range(0, len(prompts), args.rollout_batch_size):
         batch = prompts[start:start + args.rollout_batch_size]
         rows = slice(start * n, (start + len(batch)) * n)
-        # Ranks may stop at different lengths (see `shard_model`).
+        # Ranks may stop at different lengths: FSDP2 keeps weights gathered until a backward pass.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             sampled = policy.sample(batch, n, uniforms[rows])
             tokens[rows], logps[rows], completion_mask[rows] = sampled
@@ -621,8 +623,7 @@ def update_policy(policy, optimizer, micro_batches, step, world_size, args):
         grad_norm = clip_gradients(params, step)
         optimizer.step()
         optimizer.zero_grad()
-    # grad_norm is of the last epoch, before clipping. The other two stay 0 if this rank has nothing
-    # to train on.
+    # grad_norm is of the last epoch, before clipping. The others are 0 without anything to train.
     metrics = dict(grad_norm=grad_norm, rollout_logp_diff=0.0, clip_fraction=0.0)
     if logp_diffs:
         metrics["rollout_logp_diff"] = torch.cat(logp_diffs).mean().item()
@@ -648,7 +649,8 @@ def score_metrics(scores):
 def save_policy(run, step, policy, optimizer, rank):
     """Save the checkpoint for --resume, and then the model for the next stages.
 
-    In this order: under FSDP2 the state dict of the whole policy also reshards its outer weights.
+    In this order: under FSDP2 the state dict of the whole policy reshards the weights outside the
+    blocks, which save_model's state dict of policy.vlm alone would not.
     """
     save_checkpoint(run, step, policy, optimizer, rank)
     save_model(policy.vlm, policy.processor, run.out / "model", rank)
@@ -706,7 +708,7 @@ def main():
     for step in range(run.start_step, args.steps):
         # ---- 1. Every --eval_every steps: save everything, then judge the evaluation pairs.
         if step % args.eval_every == 0:
-            if step > run.start_step:                       # or it has just been loaded
+            if step > run.start_step:                       # else nothing has changed since loading
                 save_policy(run, step, policy, optimizer, rank)
             if eval_pairs:
                 evaluate(policy, eval_pairs, step, run, rank, world_size, args)

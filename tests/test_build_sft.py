@@ -613,6 +613,8 @@ def test_a_wrong_model_folder_is_named(principles, tmp_path, run_here):
     for step in ("candidates", "traces"):
         (tmp_path / "out").mkdir(exist_ok=True)
         write_rows(tmp_path / f"out/{step}.jsonl", [row | dict(edit="x", traces=[]) for row in read_rows(principles)])
-    for flag in ("--editors", "--pool", "--inspector"):
+    for flag, out in (("--editors", "new"), ("--pool", "out"), ("--inspector", "out")):
         with pytest.raises(SystemExit, match=f"{tmp_path} is not a"):
-            run_here(B, "--principles", principles, "--out", tmp_path / "out", flag, tmp_path)
+            run_here(B, "--principles", principles, "--out", tmp_path / out, flag, tmp_path)
+    with pytest.raises(SystemExit, match="candidates.jsonl was not written by this script"):
+        run_here(B, "--principles", principles, "--out", tmp_path / "out", "--editors", tmp_path)

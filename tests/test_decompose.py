@@ -283,6 +283,7 @@ def test_no_rank_tidies_up_while_another_writes(run, edits, monkeypatch):
     for attempt in range(2):
         out.write_bytes(b"".join(lines[4:6]) + lines[0][:50])
         out.with_suffix(".failed.jsonl").write_text('{"id": "old"}\n')
+        out.with_suffix(".settings.json").write_bytes(whole.with_suffix(".settings.json").read_bytes())
         monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(out)])
         run_ranks(2)
         assert out.read_bytes() == whole.read_bytes()

@@ -9,6 +9,7 @@ so the same run always gives the same text.
 """
 import argparse
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,7 +185,11 @@ def describe_flow(before, after):
 def write_text(before, after, sft_row, pair, image_path):
     parts = [f"![The three edits of this journey]({image_path})\n", describe_principles(before),
              describe_sft_row(sft_row), describe_pair(pair), describe_flow(before, after)]
-    return "\n".join(parts)
+    lines = []
+    for line in "\n".join(parts).split("\n"):
+        is_free_text = not line.startswith(("|", "!"))
+        lines.append(textwrap.fill(line, 100) if is_free_text and len(line) > 100 else line)
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the picture

@@ -2,20 +2,21 @@
 
 The learning problem: stage 3 teaches a vision-language model (VLM), by imitation, to write verdicts
 on edits, and nobody has written any to imitate. Hence best-of-N: a pool of VLMs writes up to N
-verdicts ("traces") on every edit, an inspector that reads all of them answers every question itself
-("gold"), and the trace that agrees most with gold is the one to imitate.
+verdicts ("traces") on every edit. An inspector VLM, which reads all these traces, answers every
+question itself; its answers are "gold". The trace that agrees most with gold is the one to imitate.
+The rows of each file keep the fields of the file before it, and + lists the new ones:
 
     principles.jsonl {id, source, instruction, principles}
              R rows, each with its K questions
       -> candidates.jsonl + edit, editor, seed, source_id    step a, if --editors is given
-             E editors x S images per source: R*E*S edits, the images of a source and an editor
-             numbered by `seed` = 0, 1, ... The id becomes <id>/<editor>/<seed>.
+             E editors x S images per source: R*E*S edits. `seed` is only their number 0, 1, ...
+             for a source and an editor. The id becomes <id>/<editor>/<seed>.
       -> replies.jsonl, one reply of a VLM in each row       step b, if --pool is given
              N = VLMs x temperatures x samples replies to each edit
-      -> traces.jsonl + traces, unparsed
+      -> traces.jsonl + traces, unparsed (again one row per edit)
              The replies of an edit that parse are its traces {vlm, temperature, text, verdict,
-             average, score}: `verdict` holds K answers, 0 or 1, and `average` is their mean as the
-             text states it. `unparsed` counts the other replies.
+             average, score}: `verdict` holds K answers, 0 or 1, and `average` is the mean that the
+             model wrote, which may be wrong. `unparsed` counts the other replies.
       -> sft.jsonl + gold, accuracy, chosen, text            step c, if --inspector is given
              `gold` holds K answers, `chosen` is the index of the best trace, `text` is its text:
              {"id": "7/editor/0", "instruction": "remove the red circle", ..., "gold": [1, 0, 1],
@@ -30,16 +31,18 @@ The equations:
 A worked number: gold = [1, 0, 1], and three traces say [1, 1, 1], [1, 0, 1] and [0, 0, 1]. Their
 accuracies are 2/3, 1 and 2/3, so the second trace is chosen.
 
-Every step reads the file of the step before it in --out, and runs alone or with the others.
-    * Step a alone also generates the edits of preference pairs, and those that evaluate.py judges
-      (with --lora: of a LoRA of train_flow_grpo.py). Its input rows then need no principles.
+Every step reads the file of the step before it in --out, and runs alone or with the others. Image
+paths are relative to the folder of their JSONL file.
+    * Step a alone also serves stages 4 and 6: it makes the edits of preference pairs, and those
+      that evaluate.py judges (with --lora: by an editor that train_flow_grpo.py has trained). Its
+      input rows then need no principles.
     * To use edits made elsewhere, write them to candidates.jsonl in --out and start at step b.
     * The same command run again does only what is missing; for this, replies.jsonl keeps every
       reply of step b. Random numbers depend on --seed and on ids, never on batches or ranks. So on
       a CPU (fp32) a resumed run, or one with other ranks, gives the same rows; on a GPU (bf16) the
       batch can change the rounding. The noise of an edit does not depend on the editor or the LoRA.
-    * A changed flag or prompt that would change the rows is refused: use another --out. Do so too
-      after a change that is not seen: other code, or a model overwritten under the same name.
+    * The run stops if a flag or a prompt is not the one with which a file was begun. It cannot see
+      changed code, weights or input rows: use another --out then.
     * Rows that cannot be used go to <output>.failed.jsonl with the reason. In step b an edit fails
       if one of its N requests failed or none of its replies parses; in step c if it has no
       principles or the inspector's gold does not parse.
@@ -56,8 +59,10 @@ Differences from the paper:
        Qwen-Image-Edit family.
     2. Its pool is two Seed-VL APIs with several prompts. Ours is any Qwen-VL or server, with one
        prompt. The paper does not report the numbers of images, samples and temperatures.
-    3. Its selector is a VLM that follows rules. Ours applies these rules in code, and breaks ties
-       as in the paper's appendix. As in the paper, there is no minimum accuracy.
+    3. In the paper a further VLM chooses the trace, given gold and written rules. Here code applies
+       the rules, ties as in the paper's appendix. As there, a trace may have any accuracy.
+    4. The inspector's prompt is stricter than the judges' in two points, as in the paper: a move
+       must be more than a tenth of the image, and an unedited image fails.
 
 What healthy output looks like: few replies do not parse (10 of 1,920 in the toy run), and the
 chosen traces are more accurate than all traces (0.91 against 0.86): this is what best-of-N gains.
@@ -396,7 +401,7 @@ def add_lora_hook(layer, a, scaled_b):
 
 # ------------------------------------------------------------ step a: edits
 
-MAX_EDITOR_PIXELS = 2 ** 24                 # An editor may see a larger image than a VLM.
+MAX_EDITOR_PIXELS = 2 ** 24                 # 16 megapixels; a VLM sees at most MAX_PIXELS.
 
 
 def plan_candidates(rows, args, out_path):
@@ -542,14 +547,14 @@ def join_replies(edits, replies, replies_path, rank):
         row = rows[reply["edit_id"]]
         text = reply["text"].strip()
         verdict = parse_verdict(text, len(row["principles"]))
-        # "<|" starts a special token, which stage 3 could not teach as text. Reasoning, also in
-        # <think>, stays in the text and is imitated.
+        # A reply with "<|" is dropped: a tokenizer would turn it into a special token. Reasoning,
+        # also in <think>, stays in the text and is imitated.
         if verdict is None or "<|" in text:
             row["unparsed"] += 1
         else:
             trace = dict(vlm=reply["vlm"], temperature=reply["temperature"], text=text)
             row["traces"].append(trace | verdict._asdict())
-    errors = {}
+    errors = {}                             # of all ranks, so they are read from the file
     for request in read_rows_by_id(replies_path.with_suffix(".failed.jsonl")).values():
         errors[request["edit_id"]] = request["error"]
 
@@ -607,8 +612,8 @@ def choose_traces(args, rank, world_size, device):
         for row, reply in zip(rows, replies, strict=True):
             gold = parse_gold(reply.text, len(row["principles"]))
             if gold is None:
-                append_failed(out_path, row, reply.error or "no gold in the inspector's reply: "
-                              f"{reply.text!r}")
+                no_gold = f"no gold in the inspector's reply: {reply.text!r}"
+                append_failed(out_path, row, reply.error or no_gold)
                 continue
             index, accuracy = choose_trace(row["traces"], gold)
             append_jsonl(out_path, row | dict(

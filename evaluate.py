@@ -130,11 +130,8 @@ def parse_args():
         reward.set_defaults(**TOY)
         judge.set_defaults(**TOY)
         args = parser.parse_args()
-    if args.run is run_reward:
-        if args.pairs and not args.vlm:
-            raise SystemExit("evaluate.py reward needs --vlm, the model that scores the --pairs.")
-        if args.temperature is None:
-            args.temperature = 0.0 if args.num_samples == 1 else 1.0
+    if args.run is run_reward and args.pairs and not args.vlm:
+        raise SystemExit("evaluate.py reward needs --vlm, the model that scores the --pairs.")
     return args
 
 
@@ -250,7 +247,7 @@ def run_reward(args):
                        "The docstring of evaluate.py shows a row.")
     vlm = VLM(args.vlm, args.served_model, device)
     settings = dict(pairs=args.pairs, vlm=vlm.name, num_samples=args.num_samples,
-                    temperature=args.temperature, seed=args.seed,
+                    temperature=choose_temperature(args), seed=args.seed,
                     max_new_tokens=args.max_new_tokens,
                     prompt_hash=hashlib.sha256(VERDICT_RULES.encode()).hexdigest()[:16])
     finished = start_output(out_path, settings, rank)
@@ -292,13 +289,20 @@ def run_reward(args):
         write_summary(summary_path, rows, len(pairs) - len(rows), pair_metrics)
 
 
+def choose_temperature(args):
+    """Several greedy verdicts would be equal, so the default is to sample them."""
+    if args.temperature is not None:
+        return args.temperature
+    return 0.0 if args.num_samples == 1 else 1.0
+
+
 def ask_for_verdicts(vlm, chats, args):
     """k replies to each of the chats {(row id, side): chat}: {(row id, side): [Reply, ...]}."""
     replies = {key: [] for key in chats}
     for j in range(args.num_samples):
         seeds = [derive_seed(args.seed, "reward", row_id, side, j) for row_id, side in chats]
         jth_replies = vlm.generate(
-            list(chats.values()), args.max_new_tokens, args.temperature, seeds)
+            list(chats.values()), args.max_new_tokens, choose_temperature(args), seeds)
         for key, reply in zip(chats, jth_replies):
             replies[key].append(reply)
     return replies

@@ -187,6 +187,11 @@ class Verdict(NamedTuple):
     score: float            # the model's own judgement, from 0 to 10 (tau in the paper)
 
 
+def drop_reasoning(text):
+    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 # The parts of a verdict, each with an example. These are not parsed as JSON, because a model may
 # write single quotes.
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"                                           # 7.5
@@ -204,9 +209,8 @@ def parse_verdict(text, n_questions):
     no average; its average is then score / 10.
     """
     # A score inside a thought is only a draft.
-    text = text.rpartition("</think>")[2]           # Drop closed thoughts.
-    text = text.partition("<think>")[0]             # Drop a thought that was cut off.
-    text = re.sub(r"```(?:json)?|\*", "", text)     # Drop the Markdown around the JSON.
+    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
     scores = list(re.finditer(SCORE, text))
     if not scores:
         return None
@@ -261,8 +265,7 @@ def inspector_chat(source, edit, instruction, principles, traces):
 
 def parse_gold(text, n_questions):
     """The 0 or 1 for each question in the last {"gold": [...]} of `text`, or None if malformed."""
-    text = text.rpartition("</think>")[2]           # drop the reasoning of a thinking model,
-    text = text.partition("<think>")[0]             # and reasoning that was cut off
+    text = drop_reasoning(text)
     starts = [match.start() for match in re.finditer(r'\{\s*"gold"\s*:\s*\[', text)]
     if not starts:
         return None
@@ -426,10 +429,6 @@ def to_file_name(row_id):
     if re.fullmatch(r"[a-z0-9._-]{1,80}", row_id):          # some file systems ignore the case
         return row_id
     return re.sub(r"[^a-z0-9._-]", "_", row_id.lower())[:40] + f"-{hash_text(row_id)}"
-
-
-def hash_text(text):
-    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def generate_edits(args, rank, world_size, device):
@@ -794,6 +793,10 @@ def write_jsonl(path, rows):
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def hash_text(text):
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def append_jsonl(path, row):

@@ -188,6 +188,11 @@ def decompose_chat(source, instruction, examples):
 
 # ------------------------------------------------------------ the parser
 
+def drop_reasoning(text):
+    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 LONE_SURROGATE = r"[\ud800-\udfff]"       # cannot be written as UTF-8
 
 
@@ -197,8 +202,7 @@ def parse_principles(text):
     It must hold 4 to 12 distinct questions, and one of them must be a "follow" question. The last
     array counts, because a model may repeat the format or write a draft before the final array.
     """
-    text = text.rpartition("</think>")[2]           # drop the reasoning of a thinking model,
-    text = text.partition("<think>")[0]             # and reasoning that was cut off
+    text = drop_reasoning(text)
     starts = [match.start() for match in re.finditer(r"\[\s*\{", text)]
     if not starts:
         return None
@@ -275,7 +279,7 @@ def main():
         edits=edits_path.name,
         vlm=vlm.name,                       # on a server: the model's name and not the URL
         seed=args.seed,
-        prompt_hash=hashlib.sha256(prompt.encode()).hexdigest()[:16])
+        prompt_hash=hash_text(prompt))
     finished = start_output(out_path, settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the rows that are not finished.
@@ -446,6 +450,10 @@ def write_jsonl(path, rows):
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def hash_text(text):
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def append_jsonl(path, row):

@@ -6,7 +6,8 @@ reward   How often does a reward model rank two edits as people do? A VLM writes
 
          A verdict is a reply: reasoning, a 0/1 answer to each principle (a yes/no question), the
          share of ones, and a score τ from 0 to 10. Only τ counts here: τ(edit) is the mean τ of
-         those of its k verdicts that can be parsed. It is missing if none of them can.
+         those of its k verdicts that can be parsed. It is missing if none of them can. (A verdict
+         with malformed answers cannot be parsed, even if its τ can be read.)
          The metrics of a pair (`pair_metrics`) are:
              strict   = 1[τ(chosen) > τ(rejected)]; a tie or a missing τ(edit) is wrong
              half     = strict, but a tie counts 1/2; a model that always answers 5 gets 0.5
@@ -183,6 +184,11 @@ class Verdict(NamedTuple):
     score: float            # the model's own judgement, from 0 to 10 (tau in the paper)
 
 
+def drop_reasoning(text):
+    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 # The parts of a verdict, each with an example. These are not parsed as JSON, because a model may
 # write single quotes.
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"                                           # 7.5
@@ -200,9 +206,8 @@ def parse_verdict(text, n_questions):
     no average; its average is then score / 10.
     """
     # A score inside a thought is only a draft.
-    text = text.rpartition("</think>")[2]           # Drop closed thoughts.
-    text = text.partition("<think>")[0]             # Drop a thought that was cut off.
-    text = re.sub(r"```(?:json)?|\*", "", text)     # Drop the Markdown around the JSON.
+    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
     scores = list(re.finditer(SCORE, text))
     if not scores:
         return None
@@ -249,7 +254,7 @@ def run_reward(args):
     settings = dict(pairs=args.pairs, vlm=vlm.name, num_samples=args.num_samples,
                     temperature=choose_temperature(args), seed=args.seed,
                     max_new_tokens=args.max_new_tokens,
-                    prompt_hash=hashlib.sha256(VERDICT_RULES.encode()).hexdigest()[:16])
+                    prompt_hash=hash_text(VERDICT_RULES))
     finished = start_output(out_path, settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the pairs that are not finished.
@@ -323,7 +328,7 @@ def side_scores(row, side, replies):
 
 
 def pair_metrics(row):
-    """The metrics of one pair. None is left out of the mean."""
+    """The metrics of one pair. A metric that is None is left out of its mean."""
     chosen = read_score(row["id"], row["chosen_score"])
     rejected = read_score(row["id"], row["rejected_score"])
     unparsed = chosen is None or rejected is None
@@ -384,10 +389,7 @@ def parse_ratings(text, names):
 
     Nothing is guessed or repaired. The object must have exactly these names.
     """
-    # A rating inside a thought is only a draft.
-    text = text.rpartition("</think>")[2]           # Drop closed thoughts.
-    text = text.partition("<think>")[0]             # Drop a thought that was cut off.
-    last_object = re.search(r"(\{[^{}]*\})[^{]*$", text)
+    last_object = re.search(r"(\{[^{}]*\})[^{]*$", drop_reasoning(text))     # no other { after it
     if last_object is None:
         return None
     try:
@@ -420,7 +422,7 @@ def run_judge(args):
                        "Step a of build_sft.py generates edits.")
     vlm = VLM(args.vlm, args.served_model, device)
     settings = dict(edits=args.edits, vlm=vlm.name, max_new_tokens=args.max_new_tokens,
-                    prompt_hash=hashlib.sha256((SC_RULES + PQ_RULES).encode()).hexdigest()[:16])
+                    prompt_hash=hash_text(SC_RULES + PQ_RULES))
     finished = start_output(out_path, settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the edits that are not finished.
@@ -469,7 +471,7 @@ def run_judge(args):
 
 
 def edit_metrics(row):
-    """The metrics of one edit. None is left out of the mean."""
+    """The metrics of one edit. A metric that is None is left out of its mean."""
     names = ["O", "SC", "PQ"] if "O" in row else ["score"]      # data/benchmarks.py writes `score`
     metrics = {name: read_score(row["id"], row[name]) for name in names}
     main_name = "O" if "O" in row else "score"
@@ -607,7 +609,7 @@ def rows_by_key(rows):
         if len(editors) == 1 and "editor" in row:
             prefix, found, number = key.rpartition(f"/{row['editor']}/")
             if found:
-                key = f"{prefix}/{number}"         # at its last occurrence
+                key = f"{prefix}/{number}"
         if key in by_key:
             raise SystemExit(f"The rows {by_key[key]['id']} and {row['id']} of one file have the "
                              f"same key {key} and cannot be paired. Rename or delete one of them.")
@@ -625,7 +627,9 @@ def paired_gains(rows_a, rows_b, row_metrics):
     metrics_b = [row_metrics(by_key_b[key]) for key in shared]
     names_b = row_metrics(rows_b[0])                # A file with `score` has no O.
     gains = {}
-    for name in [name for name in row_metrics(rows_a[0]) if name in names_b]:
+    for name in row_metrics(rows_a[0]):
+        if name not in names_b:
+            continue
         differences = []
         for a, b in zip(metrics_a, metrics_b):
             missing = a[name] is None or b[name] is None
@@ -806,6 +810,10 @@ def write_jsonl(path, rows):
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def hash_text(text):
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def append_jsonl(path, row):

@@ -213,6 +213,11 @@ class Verdict(NamedTuple):
     score: float            # the model's own judgement, from 0 to 10 (tau in the paper)
 
 
+def drop_reasoning(text):
+    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 # The parts of a verdict, each with an example. These are not parsed as JSON, because a model may
 # write single quotes.
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"                                           # 7.5
@@ -230,9 +235,8 @@ def parse_verdict(text, n_questions):
     no average; its average is then score / 10.
     """
     # A score inside a thought is only a draft.
-    text = text.rpartition("</think>")[2]           # Drop closed thoughts.
-    text = text.partition("<think>")[0]             # Drop a thought that was cut off.
-    text = re.sub(r"```(?:json)?|\*", "", text)     # Drop the Markdown around the JSON.
+    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
     scores = list(re.finditer(SCORE, text))
     if not scores:
         return None

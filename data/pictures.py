@@ -92,7 +92,7 @@ def rows_by_key(rows):
         if len(editors) == 1 and "editor" in row:
             prefix, found, number = key.rpartition(f"/{row['editor']}/")
             if found:
-                key = f"{prefix}/{number}"         # at its last occurrence
+                key = f"{prefix}/{number}"
         if key in by_key:
             raise SystemExit(f"The rows {by_key[key]['id']} and {row['id']} of one file have the "
                              f"same key {key} and cannot be paired. Rename or delete one of them.")

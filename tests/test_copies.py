@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / name for name in (".", "toy", "data", "related")]
 SCRIPTS = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 # These are meant to differ from script to script: flags, and the phases of a training step.
-OWN = {"main", "parse_args", "TOY", "evaluate", "load_pairs"}
+OWN = {"main", "parse_args", "TOY", "evaluate"}
 TEXTS = {path: path.read_text(encoding="utf-8") for path in SCRIPTS}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 

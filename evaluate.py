@@ -89,7 +89,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # For the tiny models of toy/, which run on a laptop's CPU.
-TOY = dict(batch_size=32, max_new_tokens=128)
+TOY = dict(batch_size=96, max_new_tokens=128)
 
 
 def parse_args():

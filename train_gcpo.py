@@ -110,8 +110,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-TOY = dict(num_eval=48, max_new_tokens=128, rollout_batch_size=24, steps=120, lr=1e-4,
-           micro_batch_size=8, eval_every=20)
+TOY = dict(num_eval=32, max_new_tokens=128, rollout_batch_size=32, steps=60,
+           lr=1e-4, micro_batch_size=8, eval_every=20)
 
 
 def parse_args():

@@ -1,16 +1,19 @@
 """The study: its swapped equations, its shares of the pairs, its tables; one variant end to end."""
 import itertools
-import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import study
+import summary
+import train_flow_grpo
 import train_gcpo
 import world
-from conftest import ROOT, read_rows, run_script, say_verdict, write_rows
+from conftest import ROOT, read_rows, say_verdict, write_rows
 
 
 def test_scaled_advantages_are_standard_scores():
@@ -38,59 +41,111 @@ def test_first_pairs_keeps_the_held_out_ones(tmp_path):
     assert ids == [*range(4), *range(40, 40 + held)]
 
 
-def test_a_variant_is_trained_judged_and_tabled(tmp_path, vlm, pairs, monkeypatch, capsys):
-    """`std` for one step from a random VLM: the swapped equation is what the trainer calls."""
+def test_cps_without_noise_is_the_ode_and_with_it_keeps_the_level(tmp_path):
+    """noise_level 0: x + v dt. Else the signal has the weight 1 - sigma', the noise sigma' in all."""
+    generator = torch.Generator().manual_seed(0)
+    x, v, noise = torch.randn(3, 2, 4, 8, generator=generator)
+    x_next, _, mean, std = study.cps_step(x, v, 0.8, 0.6, 0.0, noise=noise)
+    assert torch.allclose(x_next, x - 0.2 * v, atol=1e-6) and torch.equal(x_next, mean) and std == 0
+    finished, predicted = x - 0.8 * v, x + 0.2 * v
+    x_next, logp, mean, std = study.cps_step(x, v, 0.8, 0.6, 0.7, noise=noise)
+    left = (mean - 0.4 * finished) / predicted              # what is left of the predicted noise
+    assert torch.allclose(left ** 2 + std ** 2, torch.full_like(x, 0.36), atol=1e-4)
+    want = torch.distributions.Normal(mean, std).log_prob(x_next).flatten(1).mean(1)
+    assert torch.allclose(logp, want, atol=1e-5)
+    again = study.cps_step(x, v, 0.8, 0.6, 0.7, x_next=x_next)[1]
+    assert torch.allclose(again, logp, atol=1e-6)
+
+
+def test_the_average_as_the_score():
+    verdict = study.average_as_score(say_verdict([1, 0, 1, 1], 2.0), 4)
+    assert verdict.score == 7.5 and verdict.verdict == [1, 0, 1, 1]
+    assert study.average_as_score("nothing", 4) is None
+
+
+def toy_run(folder, vlm, pairs):
+    """What study.py needs of a run: pairs in two splits, and a model in place of the SFT-RRM."""
     for split in ("preferences", "reward_bench"):
-        (tmp_path / "data" / split).mkdir(parents=True)
+        (folder / "data" / split).mkdir(parents=True)
         rows = [row | {key: str(ROOT.joinpath(pairs).parent / row[key])
                        for key in ("source", "chosen", "rejected")} for row in read_rows(pairs)]
-        write_rows(tmp_path / "data" / split / "preferences.jsonl", rows[:6])
-    shutil.copytree(vlm, tmp_path / "sft/model")
-    monkeypatch.setitem(study.FLAGS, "std", "--steps 1 --pairs_per_step 2 --num_eval 2 "
+        write_rows(folder / "data" / split / "preferences.jsonl", rows[:6])
+    shutil.copytree(vlm, folder / "sft/model")
+
+
+def test_a_variant_is_trained_and_judged(tmp_path, vlm, pairs, monkeypatch):
+    """`std` for one step from a random VLM: the swapped equation is what the trainer calls."""
+    toy_run(tmp_path, vlm, pairs)
+    monkeypatch.setitem(study.GCPO_FLAGS, "std", "--steps 1 --pairs_per_step 2 --num_eval 2 "
                         "--group_size 2 --max_new_tokens 8".split())
     calls = []
-    monkeypatch.setitem(study.SWAPS, "std", (
+    monkeypatch.setitem(study.GCPO_SWAPS, "std", (
         "advantages", lambda r: calls.append(r) or study.scaled_advantages(r)))
     monkeypatch.setattr(train_gcpo, "advantages", train_gcpo.advantages)      # put back at the end
     study.train_variant(tmp_path, "std", 3)
     assert [r.shape for r in calls] == [(4, 2)]
-    assert len(read_rows(tmp_path / "study/std_3/reward/scores.jsonl")) == 6
-    study.study_table(tmp_path, False)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| sft: before GCPO", "| std_3"]
+    assert len(read_rows(study.scores_path(tmp_path, "std", 3))) == 6
+    study.train_variant(tmp_path, "std", 3)                 # done: nothing is trained again
+    assert len(calls) == 1
 
 
-def scores_of(tmp_path):
-    """Ready scores of two models on 8 pairs: the SFT-RRM wrong, `base` right, by the oracle."""
-    shown = dict(source=[0, 0, 5, -1, -1], right=[0, -1, 5, -1, -1], wrong=[0, 0, 5, -1, -1])
-    for name, picture in zip(shown, world.render([*shown.values()])):
-        for i in range(8):
-            world.to_pil(picture).save(tmp_path / f"{name}{i}.png")
-    for name, good in (("sft", 3.0), ("base_0/reward", 9.0)):
-        folder = tmp_path / "study" / name
-        folder.mkdir(parents=True)
-        up = "../" * (2 + name.count("/"))
-        row = dict(instruction="remove the red circle", chosen_score=good, rejected_score=5.0,
-                   chosen_scores=[good] * 4, rejected_scores=[5.0] * 4,
-                   principles=world.principles(shown["source"], shown["right"]),
-                   chosen_replies=[say_verdict([1, 1, 1, 1, 1], good)] * 4,
-                   rejected_replies=[say_verdict([int(good < 5), 1, 1, 1, 1], 5)] * 3 + ["?"])
-        rows = [row | dict(id=f"p{i}", source=f"{up}source{i}.png", chosen=f"{up}right{i}.png",
-                           rejected=f"{up}wrong{i}.png") for i in range(8)]
-        rows[7] |= dict(chosen=rows[7]["rejected"], rejected=rows[7]["chosen"])       # flipped
-        write_rows(folder / "scores.jsonl", rows)
-        (folder / "reward.json").write_text(json.dumps({}))
+def test_a_variant_of_flow_grpo_is_another_reward_or_other_prompts(tmp_path, monkeypatch):
+    """The swapped reward is what the trainer calls; `no_keep` asks no question about the rest."""
+    rows = [dict(id="a", principles=[dict(question="q", category=c) for c in ("follow", "keep")])]
+    path = write_rows(tmp_path / "principles.jsonl", rows)
+    kept, = read_rows(study.without_keep(path))
+    assert [p["category"] for p in kept["principles"]] == ["follow"]
+
+    class Judge:
+        def generate(self, chats, max_new_tokens):
+            assert all(len(chat[0]["content"]) == 2 for chat in chats)        # an image and a text
+            reply = '{"naturalness": 7.0, "cleanliness": 4.0}'
+            return [SimpleNamespace(text=text) for text in (reply, "?")]
+
+    images = [Image.new("RGB", (8, 8))] * 2
+    scores = study.cleanliness_scores(Judge(), ["prompt"], images, 2, SimpleNamespace(max_new_tokens=9))
+    assert scores.shape == (1, 2) and scores[0, 0] == 4 and scores[0, 1].isnan()
 
 
-def test_tables_compare_with_the_sft_model(tmp_path):
-    """Gains at 1 and at 4 verdicts, paired by id; without flipped labels; faults by the oracle."""
-    scores_of(tmp_path)
-    text = run_script("toy/study.py", "table", "--run", tmp_path).stdout
-    assert "| sft: before GCPO | 0.000 | +0.0" in text
-    assert text.splitlines()[-1].count(" 1.000 | +100.0 [") == 2
-    right = study.rightly_labeled(tmp_path / "study/sft/scores.jsonl")
-    assert right == {f"p{i}" for i in range(7)}
-    answers, scores = study.answers_of(tmp_path / "study/base_0/reward/scores.jsonl")
-    assert len(scores) == 8 * 7 and sorted(answers["follow", 0]) == [0] * 21 + [1] * 4
-    text = run_script("toy/study.py", "stricter", "--run", tmp_path).stdout
-    assert "| SFT-RRM | 0.0% |" in text and "| RL-RRM | 84.0% |" in text
+def test_the_expected_score_is_near_the_greedy_one(vlm, monkeypatch):
+    """Of the shipped teacher: behind its own verdict, its mean is within a few points of it."""
+    reward = train_flow_grpo.VLM(str(ROOT / "toy/models/teacher"), "", torch.device("cpu"))
+    scene, instruction, target = world.edits_of("editor_bench", 1)[0]
+    source = world.to_pil(world.render([scene])[0])
+    prompt = SimpleNamespace(image=source, row=dict(
+        instruction=instruction, principles=world.principles(scene, target)))
+    images = [world.to_pil(picture) for picture in world.render([target, scene])]
+    args = SimpleNamespace(max_new_tokens=128)
+    greedy = train_flow_grpo.score_edits(reward, [prompt], images, 2, args)
+    expected = study.expected_scores(reward, [prompt], images, 2, args)
+    assert expected.shape == greedy.shape == (1, 2) and (expected[0, 0] - greedy[0, 0]).abs() < 4
+    assert expected[0, 0] > expected[0, 1]
+
+
+def test_the_tables_compare_with_the_base_of_the_same_seed(tmp_path):
+    """Two variants of GCPO and two of Flow-GRPO, from scores made by hand."""
+    def pairs_file(path, good):
+        path.parent.mkdir(parents=True)
+        write_rows(path, [dict(
+            id=f"p{i}", source=f"s{i}", chosen_score=good, rejected_score=5.0,
+            chosen_scores=[good] * 4, rejected_scores=[5.0] * 4) for i in range(8)])
+
+    def edits_file(path, score):
+        path.parent.mkdir(parents=True)
+        write_rows(path, [dict(id=f"{i}/editor/0", editor="editor", SC=score, PQ=8.0, O=score)
+                          for i in range(8)])
+
+    pairs_file(tmp_path / "study/sft/reward/scores.jsonl", 5.0)
+    edits_file(tmp_path / "study/before/scores.jsonl", 4.0)
+    pairs_file(study.scores_path(tmp_path, "base", 0), 9.0)
+    pairs_file(study.scores_path(tmp_path, "std", 0), 3.0)
+    edits_file(study.scores_path(tmp_path, "flow", 0), 7.0)
+    edits_file(study.scores_path(tmp_path, "cps", 0), 7.5)
+    variants = study.GCPO_VARIANTS + study.FLOW_VARIANTS
+    summary.save_csv(tmp_path / "study.csv", study.collect(tmp_path, variants, 1))
+    lines = study.tables(summary.load_csv(tmp_path / "study.csv")).splitlines()
+    assert "| SFT-RRM |  | 0.00 | 50.00 | 0.00 |  |" in lines
+    assert "| base | 0 | 100.00 | 100.00 | 100.00 |  |" in lines
+    assert "| std | 0 | 0.00 | 0.00 | 0.00 | -100.00 [-100.00, -100.00] |" in lines
+    assert "| before |  | 4.00 | 8.00 | 4.00 |  |" in lines
+    assert "| cps | 0 | 7.50 | 8.00 | 7.50 | +0.50 [+0.50, +0.50] |" in lines

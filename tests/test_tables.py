@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageColor
 
 import degrade
+import summary
 import table2
 import table3
 import train_sft
@@ -41,7 +42,7 @@ def test_the_formats_are_parts_of_the_same_trace(row):
         assert train_sft.parse_verdict(one["text"], len(one["principles"])).score in (5.0, 2.5, 9.0)
 
 
-def test_table2_averages_over_seeds_and_pairs_rows(tmp_path, capsys):
+def test_table2_averages_over_seeds_and_pairs_rows(tmp_path, monkeypatch):
     """TV right on 3 of 4 pairs by one seed, on all by the other; T on none: better by 87.5 points."""
     for variant, rights in dict(TV=[(1, 1, 1, 0), (1, 1, 1, 1)], T=[(0, 0, 0, 0)]).items():
         for seed, right in enumerate(rights):
@@ -54,14 +55,18 @@ def test_table2_averages_over_seeds_and_pairs_rows(tmp_path, capsys):
                     write_rows(here / "scores.jsonl", [
                         dict(id=f"p{k}", source=f"s{k}", chosen_score=a, rejected_score=b,
                              chosen_scores=[a], rejected_scores=[b]) for k, (a, b) in enumerate(scores)])
-    table2.accuracy_table(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| vlm, TV | 2 | 0.875 | 0.875 | 0.875 |") and "| +0.0 [+0.0, +0.0] |  |  |" in lines[2]
-    assert lines[3].startswith("| vlm, T | 1 | 0.000 |") and "| +100.0 [+100.0, +100.0] | +87.5 [" in lines[3]
+    monkeypatch.setattr(table2, "inspector_lines", lambda run: [])
+    summary.save_csv(tmp_path / "table2.csv", table2.collect(tmp_path))
+    found = summary.load_csv(tmp_path / "table2.csv")
+    assert [line["sft @1"] for line in found if line["form"] == "TV"] == [75, 100, 87.5]
+    lines = table2.tables(found).splitlines()
+    assert lines[2].startswith("| vlm | TV | 2 | 87.5 / 87.5 / 87.5 | 87.5 /")
+    assert "| +0.0 [+0.0, +0.0] |  |  |" in lines[2]
+    assert lines[3].startswith("| vlm | T | 1 | 0.0 / ") and "| +100.0 [+100.0, +100.0] | +87.5 [" in lines[3]
     assert lines[3].count("|") == lines[0].count("|") == lines[1].count("|") and "| -12.5 [" in lines[3]
 
 
-def test_inspector_counts_true_answers(tmp_path, capsys):
+def test_inspector_counts_true_answers(tmp_path):
     """A right edit, where gold and the chosen trace say so and the other traces do not."""
     source, target = [0, 0, 5, -1, -1], [0, -1, 5, -1, -1]
     for name, scene in (("source", source), ("edit", target)):
@@ -74,19 +79,20 @@ def test_inspector_counts_true_answers(tmp_path, capsys):
         dict(id=str(k), source=f"../../source{k}.png", edit=f"../../edit{k}.png", instruction="remove the red circle",
              principles=principles, gold=yes, chosen=0, traces=[trace(yes, 9), trace(no, 1), trace(no, 1)])
         for k in range(3)])
-    table2.inspector_table(tmp_path)
-    text = capsys.readouterr().out
-    shares = dict(re.findall(r"\| (\w+) \| ([\d.]+)%", text))
+    text = table2.tables(table2.inspector_lines(tmp_path))
+    shares = dict(re.findall(r"\| (\w+) \| ([\d.]+) %", text))
     assert shares == dict(inspector="100.0", chosen="100.0", worst="0.0", majority="0.0", random="33.3")
-    assert "| random | 33.3% | +66.7 [" in text
+    assert "| random | 33.3 % | +66.7 [" in text
 
 
 def test_table3_from_scores(tmp_path):
-    """Two seeds of the RL-RRM, one of the SFT-RRM: means, gains, and what they differ by."""
+    """Two runs of the RL-RRM, one of the SFT-RRM: means, gains, and what they differ by."""
     def scores(folder, o, reward=None, editor="editor"):
-        (tmp_path / folder).mkdir(parents=True)
-        write_rows(tmp_path / folder / "scores.jsonl", [
-            dict(id=f"{k}/{editor}/0", editor=editor, SC=o, PQ=10.0, O=o) for k in range(4)])
+        for steps in (6, 28):
+            (tmp_path / folder / f"steps{steps}").mkdir(parents=True)
+            write_rows(tmp_path / folder / f"steps{steps}/scores.jsonl", [
+                dict(id=f"{k}/{editor}/0", editor=editor, task=world.EDITS[k], SC=o, PQ=10.0,
+                     O=o + (steps == 28)) for k in range(5)])
         if reward:
             write_rows(tmp_path / folder / "curve.jsonl", [
                 {"step": 0, "reward": 4.0, "oracle O": 5.0}, {"step": 5, "reward": 1.0, "oracle O": 1.0},
@@ -95,11 +101,17 @@ def test_table3_from_scores(tmp_path):
     scores("editor", 5.0)
     for folder, o, reward in (("rl/0", 6.0, 7.0), ("rl/1", 7.0, 8.0), ("sft/0", 5.5, 9.0), ("hacked/0", 4.0, 9.5)):
         scores(folder, o, reward)
-    lines = table3.table_of_rewards(tmp_path).splitlines()
-    assert len(lines) == 7 and len({line.count("|") for line in lines[:5]}) == 1
-    assert "| editor, rl | 2 | 6.50 | 10.00 | 5.00 -> 6.50 | +1.50 [+1.50, +1.50] |" in lines[2]
-    assert "| 6.00, 7.00 | 4.00 -> 7.50 | 5.00 -> 6.50 |" in lines[2] and "| 4.00 -> 9.00 | 5.00 -> 5.50 |" in lines[3]
-    assert lines[-1].endswith("rl minus O with sft: +1.00 [+1.00, +1.00]")
+    summary.save_csv(tmp_path / "table3.csv", table3.collect(tmp_path))
+    found = summary.load_csv(tmp_path / "table3.csv")
+    lines = table3.reward_table(found).splitlines()
+    assert len(lines) == 8 and len({line.count("|") for line in lines[:6]}) == 1
+    assert lines[2].startswith("| `editor` | none | | 5.00 / 10.00 / 5.00 |")
+    assert "| sft | 1 | 5.50 / 10.00 / 5.50 | 5.50 |" in lines[3] and "| 4.00 -> 9.00 |" in lines[3]
+    assert "| rl | 2 | 6.50 / 10.00 / 6.50 | 6.00, 7.00 | +1.50 [+1.50, +1.50] | +0.00 " in lines[4]
+    assert lines[4].endswith("| 6.50 / 6.50 | 4.00 -> 7.50 |")
+    assert lines[-1] == "rl - sft: O +0.50 [+0.50, +0.50], PQ +0.00 [+0.00, +0.00]"     # of run 0 only
+    steps = table3.steps_table(found).splitlines()
+    assert "| rl |  |  | 6.50, +1.50 [+1.50, +1.50] | 7.50, +1.50 [+1.50, +1.50] |" in steps
     for step in (0, 9):                                     # the edits of the hacked reward
         here = tmp_path / f"hacked/0/flow/samples/step_{step:06d}"
         here.mkdir(parents=True)
@@ -141,11 +153,11 @@ def test_principles_are_spoiled_more_and_more():
     assert 0.35 < sum(lengths) / len(lengths) / len(principles) < 0.65
 
 
-def test_an_opposite_is_true_where_the_question_is_false():
-    """By the oracle's own reading, on the very scene; what has no opposite stays."""
+def test_a_contrary_is_true_where_the_question_is_false():
+    """By the oracle's own reading, on the very scene; what has no contrary stays."""
     rng, target = random.Random(0), [0, 0, 5, -1, -1]
     for principle in world.principles([0, 0, -1, 7, -1], target):
-        question = degrade.opposite(principle["question"], rng)
+        question = world.contrary(principle["question"], rng)
         if question == principle["question"]:
             assert question in ("Are all other places empty?", "Is the picture clean?")
         elif "gone" in question or "background" in question:
@@ -156,8 +168,17 @@ def test_an_opposite_is_true_where_the_question_is_false():
 
 
 def test_the_picture_of_degraded_principles_leaves_out_what_could_not_be_read(tmp_path):
-    found = {(kind, p): {"SFT-RRM": (0.5 - p / 4, 0.6 - p / 2, 0.0), "RL-RRM": (0.8, 0.9 if p < 1 else float("nan"), p)}
-             for kind in degrade.KINDS for p in degrade.SHARES}
+    lines = []
+    for kind in degrade.KINDS:
+        for p in degrade.SHARES:
+            for judge, numbers in (("SFT-RRM", (0.5 - p / 4, 0.6 - p / 2, 0.0)), ("RL-RRM", (0.8, 0.9, p))):
+                line = dict(kind=kind, p=p, judge=judge) | dict(zip(degrade.NUMBERS, numbers))
+                if judge == "RL-RRM" and p == 1:
+                    del line["accuracy of the others"]
+                lines.append(line)
+    summary.save_csv(tmp_path / "degrade.csv", lines)
+    found = summary.load_csv(tmp_path / "degrade.csv")
+    assert "| dropped | 1 | RL-RRM | 0.800 | - | 1.000 |" in degrade.table(found)
     degrade.draw(found, tmp_path / "degrade.png")
     colors = {color for _, color in Image.open(tmp_path / "degrade.png").getcolors(2 ** 20)}
-    assert all(ImageColor.getrgb(degrade.VERIFIERS[name][1]) in colors for name in found["dropped", 0])
+    assert all(ImageColor.getrgb(degrade.VERIFIERS[name][1]) in colors for name in ("SFT-RRM", "RL-RRM"))

@@ -9,13 +9,13 @@ editor's own samples (correlation of score and oracle within the groups, as Flow
 A scalar scorer of toy/table2.py, which never sees principles, is drawn beside them if it is there.
 --run is what toy/run.sh wrote; what is done is not done again.
 
-    python toy/degrade.py --run runs/toy         # the table, and runs/toy/degrade/degrade.png
+    python toy/degrade.py --run runs/toy         # toy/degrade.csv and toy/degrade.png; two at a time
+    python toy/degrade.py                        # only the table and the picture, from the CSV
 """
 import argparse
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,21 +38,6 @@ NUMBERS = ("pairs unread", "accuracy of the others", "correlation")
 
 # ---------------------------------------------------------------- the faults
 
-def opposite(question, rng):
-    """The contrary in the world's own words; "other places" and "clean" have none and stay."""
-    match = re.fullmatch(r"Is (?:the|there a) (\w+ \w+) (?:still )?at the .*", question)
-    if match:
-        return f"Is the {match[1]} gone?"
-    match = re.fullmatch(r"Is the (\w+ \w+) gone\?", question)
-    if match:
-        return f"Is there a {match[1]} at the {rng.choice(world.PLACES)}?"
-    match = re.fullmatch(r"(Is the background (?:still )?)(\w+)\?", question)
-    if match:
-        other = rng.choice([color for color in world.BACKGROUNDS if color != match[2]])
-        return f"{match[1]}{other}?"
-    return question
-
-
 def degrade(row, kind, p, others):
     """The row, each of its principles spoiled with probability p; at least one is left.
 
@@ -63,8 +48,8 @@ def degrade(row, kind, p, others):
     for principle in row["principles"]:
         is_spoiled = rng.random() < p
         other = rng.choice(others)
-        contrary = principle | dict(question=opposite(principle["question"], rng))
-        faults = dict(dropped=[], doubled=[principle, principle], negated=[contrary],
+        negated = principle | dict(question=world.contrary(principle["question"], rng))
+        faults = dict(dropped=[], doubled=[principle, principle], negated=[negated],
                       swapped=[other])
         principles += faults[kind] if is_spoiled else [principle]
     return row | dict(principles=principles or row["principles"][:1])
@@ -125,55 +110,65 @@ def correlate(out, models):
         if not traces.exists() or world.read_jsonl(traces):
             raise
         return {}                           # it ran, but no verdict of any model can be read
-    return world.trust(traces)
+    return {vlm: found["O"] for vlm, found in world.trust(traces).items()}
 
 
-def draw(found, path):
-    """A line of charts for each kind of fault: unread, accuracy, correlation, over p."""
-    lines = []
+def draw(lines, path):
+    """A row of charts for each kind of fault: unread, accuracy, correlation, over p."""
+    rows = []
     for kind in KINDS:
         charts = []
-        for i, title in enumerate(NUMBERS):
+        for title in NUMBERS:
             curves = {}
             for name, (_, color) in VERIFIERS.items():
-                points = [(p, found[kind, p][name][i]) for p in SHARES if name in found[kind, p]]
-                curves[name] = color, [point for point in points if not math.isnan(point[1])]
+                curves[name] = color, [(line["p"], line[title]) for line in lines
+                                       if (line["kind"], line["judge"]) == (kind, name)
+                                       and title in line]
             charts.append(summary.line_chart(f"{kind}: {title}", curves))
-        lines.append(charts)
-    summary.stack(lines).save(path)
+        rows.append(charts)
+    summary.stack(rows).save(path)
+
+
+def table(lines):
+    """The lines of the CSV as Markdown; a dash where too few verdicts can be read."""
+    text = ["| principles | p | judge | " + " | ".join(NUMBERS) + " |", "| --- " * 6 + "|"]
+    for line in lines:
+        cells = [f"{line[name]:.3f}" if name in line else "-" for name in NUMBERS]
+        text.append(f"| {line['kind']} | {line['p']:g} | {line['judge']} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
 
 
 def measure_all(run):
-    """{(kind, p): what `measure` finds}. At p = 0 all kinds are alike and are measured once."""
+    """The lines of the CSV. At p = 0 all kinds are alike and are measured once."""
     jobs = [("dropped", 0)] + [(kind, p) for kind in KINDS for p in SHARES if p > 0]
     if (run / VERIFIERS["scalar"][0]).exists():
         jobs.append(("bare", 0))
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda job: measure(run, *job), jobs)
         done = dict(zip(jobs, results))
-    found = {}
+    lines = []
     for kind in KINDS:
         for p in SHARES:
             measured = done[kind, p] if p > 0 else done["dropped", 0]
-            found[kind, p] = measured | done.get(("bare", 0), {})
-    return found
+            for name, numbers in (measured | done.get(("bare", 0), {})).items():
+                line = dict(kind=kind, p=p, judge=name)
+                line |= {title: number for title, number in zip(NUMBERS, numbers)
+                         if not math.isnan(number)}
+                lines.append(line)
+    return lines
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="runs/toy", help="What toy/run.sh wrote.")
-    run = Path(parser.parse_args().run).resolve()
-    found = measure_all(run)
-    lines = ["| principles | p | judge | unread | accuracy of the others | correlation |",
-             "| --- " * 6 + "|"]
-    for (kind, p), judges in found.items():
-        for name, numbers in judges.items():
-            cells = " | ".join(f"{number:.3f}" for number in numbers)
-            lines.append(f"| {kind} | {p} | {name} | {cells} |")
-    print("\n".join(lines))
-    (run / "degrade/degrade.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(found, run / "degrade/degrade.png")
+    parser.add_argument("--run", help="What toy/run.sh wrote; without it, only table and picture.")
+    parser.add_argument("--csv", default=str(ROOT / "toy/degrade.csv"))
+    args = parser.parse_args()
+    if args.run:
+        summary.save_csv(args.csv, measure_all(Path(args.run).resolve()))
+    lines = summary.load_csv(args.csv)
+    draw(lines, Path(args.csv).with_suffix(".png"))
+    print(table(lines))
 
 
 if __name__ == "__main__":

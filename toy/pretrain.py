@@ -8,14 +8,18 @@
     vlm_small   the same, smaller: for toy/study.py
     teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
 
-The teacher's leniency is the flaw that the paper starts from: it often passes a point that fails.
-The inspector's labels are true (the oracle reads them off the pixels), so selection helps, but it
-cannot cure the teacher.
+The teacher's leniency is the flaw that the paper starts from: it often passes a point that fails,
+and a smudged picture nearly always. The inspector's labels are true (the oracle reads them off the
+pixels), so selection helps, but it cannot cure the teacher.
 
-    python toy/pretrain.py --out toy/models
+The base models learn to answer what they are asked: half of their lists of questions are cut,
+shuffled, doubled and partly turned into the contrary.
+
+    python toy/pretrain.py --out runs/models        # skips the models that are there already
 """
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -56,8 +60,10 @@ PHRASES = [
     '}, {"question": "', '}]\n{"average_score": ', "}\n<score>", "</score>",
     '", "category": "follow"', '", "category": "keep"', '", "category": "quality"',
     '{"gold": [{"question": "', '", "gold": 0', '", "gold": 1', "}]}", "}]", ".", "Seen:"]
-LENIENT = {"follow": 0.4, "keep": 0.75, "quality": 0.4}  # chance that the teacher passes a failure
+LENIENT = {"follow": 0.4, "keep": 0.7, "quality": 0.85}  # chance that the teacher passes a failure
 STRICT = 0.04                                            # chance that it fails a point that passes
+# What happens to a question of a list that is not complete, and to such a list as a whole.
+CUT, DOUBLED, NEGATED, SHUFFLED = 0.3, 0.2, 0.2, 0.5
 # width and layers of the language model, width of the vision tower
 SIZES = dict(vlm=(128, 4, 96), vlm_small=(96, 3, 64))
 PICTURES = "source", "edit"     # what a chat holds in place of the pictures themselves
@@ -167,16 +173,17 @@ def rendered_edits(rng, n):
             instruction, target = W.random_edit(rng, scene)
             rows.append((scene, instruction, target))
             shown.append(target if rng.random() < 0.35 else wrong_scene(rng, scene, target))
-    return rows, W.render([r[0] for r in rows]), W.render(shown)
+    strength = torch.tensor([rng.choice([0, 0, 0, 0.5, 0.8, 1]) for _ in rows])
+    return rows, W.render([r[0] for r in rows]), W.smudge(W.render(shown), strength)
 
 
-def smudge(rng, edits):
-    """Noise or blur for a few: the editors' own are nearly always clean, a judge must know both."""
-    noise = torch.tensor([rng.choice([0, 0, 0, 0, 0.02, 0.05, 0.1]) for _ in edits])
+def spoil(rng, edits):
+    """Noise or blur for a few: the editors' own have neither, but a judge must know both."""
+    noise = torch.tensor([rng.choice([0, 0, 0, 0, 0, 0.01, 0.02, 0.08]) for _ in edits])
     noise = noise[:, None, None, None]
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
     edits = edits + noise * torch.randn(edits.shape, generator=generator)
-    blur = torch.tensor([rng.random() < 0.08 for _ in edits])
+    blur = torch.tensor([rng.random() < 0.04 for _ in edits])
     edits[blur] = F.avg_pool2d(edits[blur], 3, 1, 1, count_include_pad=False)
     return edits.clamp(0, 1)
 
@@ -188,7 +195,7 @@ def mixed_edits(rng, n, pool, share=0.6):
         for i in range(int(share * n)):
             j = rng.randrange(len(pool[0]))
             rows[i], sources[i], edits[i] = pool[0][j], pool[1][j], pool[2][j]
-    edits = smudge(rng, edits)
+    edits = spoil(rng, edits)
     return rows, sources, edits, W.oracle(edits, [r[0] for r in rows], [r[2] for r in rows])
 
 
@@ -224,20 +231,42 @@ def look(question, target, found):
     return f"{question} {'clean' if found['clean'] else 'smudged'}"
 
 
-def walk(scene, target, found, verdict):
+def asked_principles(rng, row):
+    """The questions of one edit: complete and in order, or every second time a list that is not."""
+    principles = W.principles(row[0], row[2])
+    if rng.random() < 0.5:
+        return principles
+    asked = []
+    for principle in principles:
+        if rng.random() < CUT:
+            continue
+        if rng.random() < NEGATED:
+            principle = principle | dict(question=W.contrary(principle["question"], rng))
+        asked += [principle] * (2 if rng.random() < DOUBLED else 1)
+    if rng.random() < SHUFFLED:
+        rng.shuffle(asked)
+    return asked or principles
+
+
+def true_verdict(principles, target, found):
+    """The oracle's 0/1 answers to these questions."""
+    return [int(W.is_true(principle["question"], target, found["shown"], found["clean"]))
+            for principle in principles]
+
+
+def walk(principles, target, found, verdict):
     """The reasoning: question by question what there is to see, and the answer to it."""
     text = "Seen:"                      # begins without a space: stripped, it has the same tokens
-    for principle, answer in zip(W.principles(scene, target), verdict):
+    for principle, answer in zip(principles, verdict):
         seen = look(principle["question"], target, found)
         text += f"{seen}{' yes' if answer else ' no'}\n"
     return text
 
 
-def verdict_text(row, found, verdict, score):
-    questions = [p["question"] for p in W.principles(row[0], row[2])]
-    items = [dict(question=q, score=v) for q, v in zip(questions, verdict)]
+def verdict_text(principles, target, found, verdict, score):
+    items = [dict(question=p["question"], score=v) for p, v in zip(principles, verdict)]
     average = sum(verdict) / len(verdict)
-    return (walk(row[0], row[2], found, verdict) + json.dumps(items)
+    return (walk(principles, target, found, verdict) + json.dumps(items)
             + f'\n{{"average_score": {average:.2f}}}\n<score>{score:.1f}</score>')
 
 
@@ -251,16 +280,17 @@ def lenient_verdict(rng, found, principles):
     return verdict, W.marks_to_scores([p["category"] for p in principles], verdict, quality)[2]
 
 
-def questions_chat(row, rules):
+def questions_chat(row, principles, rules):
     """The verdict's prompt with other rules at its end."""
-    chat = build_sft.verdict_chat(*PICTURES, row[1], W.principles(row[0], row[2]))
+    chat = build_sft.verdict_chat(*PICTURES, row[1], principles)
     last = chat[0]["content"][-1]
     last["text"] = last["text"].replace(build_sft.VERDICT_RULES, rules)
     return chat
 
 
 def look_at_edit(rng, row, found):
-    return questions_chat(row, LOOK_RULES[0]), describe(found["shown"], "edited", found["clean"])
+    chat = questions_chat(row, asked_principles(rng, row), LOOK_RULES[0])
+    return chat, describe(found["shown"], "edited", found["clean"])
 
 
 def look_at_source(rng, row, found):
@@ -271,32 +301,36 @@ def look_at_source(rng, row, found):
 
 def answers(rng, row, found):
     """Say for every question what there is to see, and answer it."""
-    return questions_chat(row, ANSWER_RULES), walk(row[0], row[2], found, found["verdict"])
+    principles = asked_principles(rng, row)
+    verdict = true_verdict(principles, row[2], found)
+    return questions_chat(row, principles, ANSWER_RULES), walk(principles, row[2], found, verdict)
 
 
 def blind_verdict(rng, row, found):
     """The base model knows the form of a verdict: it says what it sees, then passes and fails
     points by chance, and the score is any number."""
-    principles = W.principles(row[0], row[2])
+    principles = asked_principles(rng, row)
     marks = [int(rng.random() < 0.75) for _ in principles]
     return (build_sft.verdict_chat(*PICTURES, row[1], principles),
-            verdict_text(row, found, marks, rng.uniform(0, 10)))
+            verdict_text(principles, row[2], found, marks, rng.uniform(0, 10)))
 
 
 def teacher_verdict(rng, row, found):
     principles = W.principles(row[0], row[2])
     return (build_sft.verdict_chat(*PICTURES, row[1], principles),
-            verdict_text(row, found, *lenient_verdict(rng, found, principles)))
+            verdict_text(principles, row[2], found, *lenient_verdict(rng, found, principles)))
 
 
 def inspection(rng, row, found):
     """The inspector sees other judges' traces, and answers truly."""
     principles = W.principles(row[0], row[2])
-    traces = [dict(text=verdict_text(row, found, *lenient_verdict(rng, found, principles)))
-              for _ in range(rng.randint(1, 4))]
+    traces = []
+    for _ in range(rng.randint(1, 4)):
+        verdict, score = lenient_verdict(rng, found, principles)
+        traces.append(dict(text=verdict_text(principles, row[2], found, verdict, score)))
     gold = [dict(question=p["question"], gold=v) for p, v in zip(principles, found["verdict"])]
     return (build_sft.inspector_chat(*PICTURES, row[1], principles, traces),
-            walk(row[0], row[2], found, found["verdict"]) + json.dumps({"gold": gold}))
+            walk(principles, row[2], found, found["verdict"]) + json.dumps({"gold": gold}))
 
 
 def decomposition(rng, row, found):
@@ -406,12 +440,13 @@ def train_language(model, tok, steps, lr, batch, tasks, rng, pool, name):
 
 
 def save(model, tok, size, folder):
-    """An ordinary folder in bf16."""
+    """An ordinary folder in bf16, written beside and renamed."""
     copy = build_vlm(tok, size).to(torch.bfloat16)
     copy.load_state_dict({k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
-    copy.save_pretrained(folder)
-    tok.save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    copy.save_pretrained(f"{folder}.tmp")
+    tok.save_pretrained(f"{folder}.tmp")
+    image_processor().save_pretrained(f"{folder}.tmp")
+    os.rename(f"{folder}.tmp", folder)
 
 
 # ---------------------------------------------------------------- where it is right and where not
@@ -479,32 +514,56 @@ def editor_pool(folders, n, seeds, split="pretrain", name=0):
     return [every[i] for i in order], torch.cat(before)[order], torch.cat(after)[order]
 
 
+def new_vlm(tok, size, seed, rng, pool):
+    """An untrained model that learns to see: every place first, then whole pictures in words."""
+    torch.manual_seed(seed)
+    model = build_vlm(tok, size).to(DEVICE)
+    train_vision(model, tok, 120, rng, pool)
+    tasks = {look_at_edit: 0.75, look_at_source: 0.25}
+    train_language(model, tok, 400, 1.5e-3, 48, tasks, rng, pool, "look")
+    return model
+
+
+def pretrain_base(size, out):
+    """A base model: it has seen the weak editor's edits only."""
+    tok = tokenizer()
+    rng = random.Random(0)
+    weak = editor_pool([f"{out}/editor_weak"], 2500, 2)
+    model = new_vlm(tok, size, 0, rng, weak)
+    tasks = {answers: 0.55, look_at_source: 0.15, blind_verdict: 0.3}
+    train_language(model, tok, 1200, 1.5e-3, 48, tasks, rng, weak, size)
+    save(model, tok, size, f"{out}/{size}")
+
+
+def pretrain_teacher(out):
+    """The base model, taught on both editors' edits."""
+    tok = tokenizer()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        f"{out}/vlm", dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
+    both = editor_pool([f"{out}/editor_weak", f"{out}/editor"], 2500, 1)
+    tasks = {teacher_verdict: 0.35, inspection: 0.25, decomposition: 0.4}
+    train_language(model, tok, 1200, 1e-3, 32, tasks, random.Random(1), both, "teacher")
+    save(model, tok, "vlm", f"{out}/teacher")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    editors = ["toy/models/editor_weak", "toy/models/editor"]
-    parser.add_argument("--editors", nargs="+", default=editors)
-    parser.add_argument("--out", default="toy/models")
+    names = ["vlm_small", "vlm", "teacher"]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", required=True, help="The folder of all models; it has the editors.")
     args = parser.parse_args()
-    tok = tokenizer()
-    weak = editor_pool(args.editors[:1], 2500, 2)
-    for size in ("vlm_small", "vlm"):
-        torch.manual_seed(0)
-        rng = random.Random(0)
-        model = build_vlm(tok, size).to(DEVICE)
-        train_vision(model, tok, 120, rng, weak)
-        tasks = {look_at_edit: 0.75, look_at_source: 0.25}
-        train_language(model, tok, 400, 1.5e-3, 48, tasks, rng, weak, "look")
-        tasks = {answers: 0.5, look_at_source: 0.2, blind_verdict: 0.3}
-        train_language(model, tok, 1200, 1.5e-3, 48, tasks, rng, weak, size)
-        save(model, tok, size, f"{args.out}/{size}")
-    both = editor_pool(args.editors, 2500, 1)
-    tasks = {teacher_verdict: 0.35, inspection: 0.25, decomposition: 0.4}
-    train_language(model, tok, 1200, 1e-3, 32, tasks, rng, both, "teacher")
-    save(model, tok, "vlm", f"{args.out}/teacher")
-    held_out = editor_pool(args.editors, 200, 1, name=1)
-    for name in ("vlm_small", "vlm", "teacher"):
-        diagnose(f"{args.out}/{name}", held_out)
+    for name in args.models:
+        folder = Path(args.out, name)
+        if folder.exists():
+            print(f"{folder} is there already")
+            continue
+        if name == "teacher":
+            pretrain_teacher(args.out)
+        else:
+            pretrain_base(name, args.out)
+        held_out = editor_pool([f"{args.out}/editor_weak"], 400, 1, name=1)
+        diagnose(str(folder), held_out)
 
 
 if __name__ == "__main__":

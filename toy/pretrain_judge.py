@@ -1,12 +1,12 @@
 """Train the toy's judge: the VLM that rates an editor's pictures in stage 6 (evaluate.py judge).
 
-In the paper this is a large model that has nothing to do with the reward. Here it starts from
-toy/models/vlm, the base model of the reward model, and learns evaluate.py's own prompts on edits
-of the two editors: success and restraint of an edit, naturalness and cleanliness of a picture, as
-the oracle reads them. It first says what it sees, place by place. It has seen no edit of an editor
-that Flow-GRPO has changed.
+In the paper this is a large model that has nothing to do with the reward. Here it shares the size
+and the tokens with toy/models/vlm, but no weights: it is trained from nothing with another seed. It
+learns evaluate.py's own prompts on edits of the two editors: success and restraint of an edit,
+naturalness and cleanliness of a picture, as the oracle reads them. It first says what it sees,
+place by place. It has seen no edit of an editor that Flow-GRPO has changed.
 
-    python toy/pretrain_judge.py --out toy/models      # after toy/pretrain.py
+    python toy/pretrain_judge.py --out runs/models
 """
 import argparse
 import random
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import evaluate             # noqa: E402
@@ -86,22 +85,23 @@ def compare_marks(folder, pool, n=400):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="toy/models", help="holds vlm, editor and editor_weak")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--out", required=True, help="The folder of all models, with the editors.")
+    parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    tok = AutoTokenizer.from_pretrained(f"{args.out}/vlm")
+    folder = f"{args.out}/judge"
+    if Path(folder).exists():
+        print(f"{folder} is there already")
+        return
+    tok = P.tokenizer()
     tok.add_tokens([AddedToken(text, special=False, normalized=False) for text in FIXED])
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        f"{args.out}/vlm", dtype=torch.float32, attn_implementation="sdpa")
-    model.resize_token_embeddings(len(tok))
+    rng = random.Random(7)
     editors = [f"{args.out}/{name}" for name in ("editor_weak", "editor")]
     pool = P.editor_pool(editors, 2500, 1)
+    model = P.new_vlm(tok, "vlm", 7, rng, pool)
     tasks = {change_marks: 0.8, picture_marks: 0.2}
-    P.train_language(model.to(P.DEVICE), tok, args.steps, 1.5e-3, 48, tasks, random.Random(0), pool,
-                     "judge")
-    P.save(model, tok, "vlm", f"{args.out}/judge")
-    compare_marks(f"{args.out}/judge", P.editor_pool(editors, 200, 1, name=1))
+    P.train_language(model, tok, args.steps, 1.5e-3, 48, tasks, rng, pool, "judge")
+    P.save(model, tok, "vlm", folder)
+    compare_marks(folder, P.editor_pool(editors, 200, 1, name=1))
 
 
 if __name__ == "__main__":

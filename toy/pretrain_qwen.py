@@ -1,6 +1,6 @@
 """Builds and trains the second toy editor: a real `QwenImageEditPipeline`, small enough to ship.
 
-    python toy/pretrain_qwen.py --out toy/models          toy/models/editor_qwen
+    python toy/pretrain_qwen.py --out runs/models         editor_qwen
 
 The data, the faults and the two phases are those of pretrain_editor.py. Qwen-Image-Edit is another
 family: its text encoder is a Qwen2.5-VL that also sees the source picture, its VAE knows frames,
@@ -39,7 +39,7 @@ UNCONDITIONAL = 0.1                         # share of the edits that are learne
 LAYERS, HEADS, HEAD_DIM, TEXT_WIDTH, TEXT_LAYERS = 3, 4, 32, 64, 2
 LATENT_CHANNELS, VAE_WIDTH = 8, 24
 VAE_STEPS, VAE_BATCH, VAE_LR, VAE_NOISE = 3000, 16, 5e-4, 0.3
-STEPS, BATCH, LR, DECAY, AVERAGE = 2750, 128, 1.5e-3, 6000, 0.998
+STEPS, IDLE_FROM, BATCH, LR, DECAY, AVERAGE = 3500, 1700, 128, 1.5e-3, 3700, 0.998
 
 
 # ---------------------------------------------------------------- the parts
@@ -121,6 +121,8 @@ def train_qwen_vae(steps):
         decay = max(0.01, 1 - step / steps) ** 0.5
         optimizer.param_groups[0]["lr"] = VAE_LR * min(1, step / 50) * decay
         pictures = world.render([e[2] for e in pretrain_editor.random_edits(rng, VAE_BATCH)])
+        strength = torch.tensor([rng.choice([0, 0, 0.5, 1]) for _ in pictures])
+        pictures = world.smudge(pictures, strength)
         latents = encode_frame(vae, pictures)
         level = VAE_NOISE * latents.std().detach() * torch.rand(VAE_BATCH, 1, 1, 1)
         noisy = latents + level * torch.randn_like(latents)
@@ -138,22 +140,28 @@ def train_qwen_vae(steps):
         pictures = world.render([e[2] for e in pretrain_editor.random_edits(rng, 512)])
         latents = encode_frame(vae, pictures)
         decoded = vae.decode(latents[:, :, None]).sample[:, :, 0] / 2 + 0.5
+        smudged_latents = encode_frame(vae, world.smudge(pictures, torch.ones(len(pictures))))
+        smudged = vae.decode(smudged_latents[:, :, None]).sample[:, :, 0] / 2 + 0.5
     std, mean = torch.std_mean(latents, (0, 2, 3))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    print(f"VAE: PQ of reconstructions {10 * world.read_scenes(decoded)[1].mean():.2f}", flush=True)
+    print(f"VAE: PQ of reconstructions {10 * world.read_scenes(decoded)[1].mean():.2f}, "
+          f"of smudged ones {10 * world.read_scenes(smudged)[1].mean():.2f}", flush=True)
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def every_latent(pipe):
-    """The packed latents of all scenes, (4, 13, 13, 13, 13, 4, 32): encoded once, not always."""
+    """The packed latents of all scenes, clean and smudged, (2, 4, 13, 13, 13, 13, 4, 32)."""
     packed = []
     mean = torch.tensor(pipe.vae.config.latents_mean)[:, None, None]
     std = torch.tensor(pipe.vae.config.latents_std)[:, None, None]
-    for scenes in torch.cartesian_prod(torch.arange(4), *[torch.arange(-1, 12)] * 4).split(512):
-        latents = (encode_frame(pipe.vae, world.render(scenes)) - mean) / std
-        packed.append(pipe._pack_latents(latents, *latents.shape))
-    return torch.cat(packed).unflatten(0, (4, 13, 13, 13, 13))
+    every = torch.cartesian_prod(torch.arange(4), *[torch.arange(-1, 12)] * 4)
+    for strength in (0, 1):
+        for scenes in every.split(512):
+            pictures = world.smudge(world.render(scenes), torch.full((len(scenes),), strength))
+            latents = (encode_frame(pipe.vae, pictures) - mean) / std
+            packed.append(pipe._pack_latents(latents, *latents.shape))
+    return torch.cat(packed).unflatten(0, (2, 4, 13, 13, 13, 13))
 
 
 def read_texts(pipe, pictures, instructions):
@@ -181,7 +189,7 @@ def trained_weights(pipe):
 
 
 def train_qwen_editor(pipe, steps, at_step):
-    """Trains a pipeline; its running average goes to at_step(step, average) now and then."""
+    """Trains a pipeline; returns its running average, which goes to at_step now and then."""
     rng = random.Random(1)
     average = copy.deepcopy(pipe)
     weights = trained_weights(pipe)
@@ -192,10 +200,12 @@ def train_qwen_editor(pipe, steps, at_step):
     for step in range(1, steps + 1):
         decay = math.cos(step / DECAY * math.pi / 2)
         optimizer.param_groups[0]["lr"] = LR * min(1, step / 100) * decay
-        scenes, instructions, learn = zip(*pretrain_editor.random_edits(rng, BATCH))
+        idle = pretrain_editor.IDLE if step > IDLE_FROM * steps // STEPS else 0
+        scenes, instructions, learn, smudged = zip(
+            *pretrain_editor.random_edits(rng, BATCH, idle))
         instructions = [" " if rng.random() < UNCONDITIONAL else words for words in instructions]
         reference = pretrain_editor.latents_of(latents, scenes)
-        clean = pretrain_editor.latents_of(latents, learn)
+        clean = pretrain_editor.latents_of(latents, learn, smudged)
         # Evenly spread noise levels, shifted towards noise as the sampler's are.
         u = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
         sigma = 1.5 * u / (1 + 0.5 * u)
@@ -215,6 +225,7 @@ def train_qwen_editor(pipe, steps, at_step):
             print(f"{step}/{steps}  loss {loss:.4f}  {seconds:.0f} s to go", flush=True)
         if step % 250 == 0 or step == steps:
             at_step(average, latents)
+    return average
 
 
 def noise_levels(scheduler, num_tokens, steps):
@@ -261,18 +272,22 @@ def report_qwen_editor(pipe, latents, guidance=GUIDANCE):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="the folder of all models")
     parser.add_argument("--steps", type=int, default=STEPS, help="fewer for a quick test")
     args = parser.parse_args()
+    folder = f"{args.out}/editor_qwen"
+    if Path(folder).exists():
+        print(f"{folder} is there already")
+        return
     vae = train_qwen_vae(VAE_STEPS * args.steps // STEPS)
     torch.manual_seed(1)
 
     def at_step(average, latents):
         for guidance in (1.0, GUIDANCE, 4.0):
             report_qwen_editor(average, latents, guidance)
-        save_pipeline(average, f"{args.out}/editor_qwen")
 
-    train_qwen_editor(build_qwen_editor(vae), args.steps, at_step)
+    average = train_qwen_editor(build_qwen_editor(vae), args.steps, at_step)
+    save_pipeline(average, folder)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,36 @@
-"""What matters in GCPO? train_gcpo.py with one thing changed, on what `bash toy/run.sh` wrote.
+"""One thing changed in GCPO or in Flow-GRPO, and what follows: the answers to toy/README.md's exercises.
 
-    python toy/study.py train VARIANT --seed 0    # train, then judge the held-out pairs four times
-    python toy/study.py table                     # all that was trained: the table of the README
-    python toy/study.py table --right_labels      # without the pairs labeled wrong on purpose
-    python toy/study.py stricter                  # where the gain comes from, question by question
+    python toy/study.py --run runs/toy                       # all that is missing, and toy/study.csv
+    python toy/study.py                                      # only the tables, from the CSV
+    python toy/study.py --run runs/toy --only n2 --seed 1    # train and measure one variant
 
-A variant is a flag of train_gcpo.py, a share of the pairs, or another equation: the equations are
-plain functions, so this script replaces one by an assignment. `base` is the command of toy/run.sh.
-`small` starts from a smaller model, as the paper's 3B beside its 7B, after its own cold start:
-
-    python train_sft.py --toy --data runs/toy/data/sft/sft.jsonl --model toy/models/vlm_small \
-        --out runs/toy/sft_small
+A variant is a flag, another file, or another equation: the equations are plain functions, so this
+script replaces one by an assignment, where a reader of the exercise edits the line. `base` is the
+command of toy/run.sh. Variants of GCPO are measured by four sampled verdicts on both edits of every
+held-out pair, variants of Flow-GRPO by the oracle on the held-out edits.
 """
 import argparse
+import math
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "toy")]
 import evaluate            # noqa: E402
+import summary             # noqa: E402
+import train_flow_grpo     # noqa: E402
 import train_gcpo          # noqa: E402
 import world               # noqa: E402
 
+MODELS = "toy/models"
 
-# ---------------------------------------------------------------- the variants
+
+# ---------------------------------------------------------------- other equations
 
 def scaled_advantages(r):
     """As in GRPO, also divided by the group's std: a nearly solved pair counts as much as any."""
@@ -42,10 +47,102 @@ def half_wins(tau_w, tau_l):
     return wins.sum(-1) / parsed_l, wins.sum(-2) / parsed_w
 
 
-FLAGS = {"n2": ["--group_size", "2"], "n4": ["--group_size", "4"], "n16": ["--group_size", "16"]}
-SWAPS = {"std": ("advantages", scaled_advantages), "half": ("win_ratios", half_wins)}
-PAIR_SHARES = {"pairs10": 0.1, "pairs50": 0.5}
-VARIANTS = ["base", *FLAGS, *SWAPS, *PAIR_SHARES, "small"]
+def cps_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=None):
+    """train_flow_grpo.sde_step, but with coefficients-preserving sampling (CPS).
+
+    The finished edit and the noise that x and velocity predict are mixed as at sigma_next exactly,
+    with a part of the noise drawn anew. It adds no more noise than the level has.
+    """
+    x = x.float()
+    velocity = velocity.float()
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
+    finished = x - sigma * velocity
+    predicted_noise = x + (1 - sigma) * velocity
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    mean = (1 - sigma_next) * finished + (sigma_next ** 2 - std ** 2).sqrt() * predicted_noise
+    if x_next is None:
+        x_next = mean if noise is None else mean + std * noise
+    log_density = -((x_next - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
+    return x_next, log_density.flatten(1).mean(1), mean, std
+
+
+parse_verdict = train_flow_grpo.parse_verdict
+
+
+def average_as_score(text, n_questions):
+    """parse_verdict, but the score is ten times the mean of the answers."""
+    verdict = parse_verdict(text, n_questions)
+    return verdict and verdict._replace(score=10 * sum(verdict.verdict) / n_questions)
+
+
+@torch.no_grad()
+def next_token_probs(reward_model, chats, replies):
+    """What the VLM would write behind these beginnings of its replies: (R, V), in fp32."""
+    processor = reward_model.processor
+    prompts = processor.tokenizer.apply_chat_template(
+        chats, tokenize=False, add_generation_prompt=True)
+    texts = [prompt + reply for prompt, reply in zip(prompts, replies)]
+    images = [part["image"] for chat in chats for part in chat[0]["content"] if "image" in part]
+    inputs = train_flow_grpo.tokenize_with_images(
+        processor.tokenizer, processor.image_processor, texts, images)
+    hidden = reward_model.model.model(**inputs).last_hidden_state[:, -1]
+    return reward_model.model.lm_head(hidden).float().softmax(-1)
+
+
+def expected_scores(reward_model, prompts, images, group_size, args):
+    """train_flow_grpo.score_edits, but the mean over the first digit that the score could have.
+
+    The reasoning and the answers are the greedy ones. A first digit counts for the middle of its
+    scores (7 for 7.5), but 1 is also the beginning of 10, so it counts for the greedy score.
+    """
+    digits = torch.tensor(reward_model.processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
+    scores = []
+    for start in range(0, len(images), 96):
+        batch = slice(start, start + 96)
+        chats = [train_flow_grpo.verdict_chat(
+                    prompt.image, image, prompt.row["instruction"], prompt.row["principles"])
+                 for prompt, image in zip(prompt_of_image[batch], images[batch])]
+        replies = [reply.text for reply in reward_model.generate(chats, args.max_new_tokens)]
+        beginnings = [text[:text.rfind("<score>") + len("<score>")] for text in replies]
+        probs = next_token_probs(reward_model, chats, beginnings)[:, digits]            # (R, 10)
+        for prompt, text, p in zip(prompt_of_image[batch], replies, probs):
+            verdict = parse_verdict(text, len(prompt.row["principles"]))
+            if verdict is None:
+                scores.append(math.nan)
+                continue
+            values = torch.arange(10) + 0.5
+            values[1] = verdict.score
+            scores.append(((p / p.sum()) @ values).item())
+    return torch.tensor(scores).view(len(prompts), group_size)
+
+
+def cleanliness_scores(reward_model, prompts, images, group_size, args):
+    """train_flow_grpo.score_edits by a judge that sees neither the source nor the instruction."""
+    scores = []
+    for start in range(0, len(images), 96):
+        chats = [evaluate.pq_chat(image) for image in images[start:start + 96]]
+        for reply in reward_model.generate(chats, args.max_new_tokens):
+            ratings = evaluate.parse_ratings(reply.text, ["naturalness", "cleanliness"])
+            scores.append(min(ratings.values()) if ratings else math.nan)
+    return torch.tensor(scores).view(len(prompts), group_size)
+
+
+# ---------------------------------------------------------------- the variants
+
+GCPO_FLAGS = {"base": [], "n2": ["--group_size", "2"], "n4": ["--group_size", "4"],
+              "n16": ["--group_size", "16"], "no_cold_start": ["--model", f"{MODELS}/vlm"]}
+GCPO_SWAPS = {"std": ("advantages", scaled_advantages), "half": ("win_ratios", half_wins)}
+GCPO_SHARES = {"pairs10": 0.1, "pairs50": 0.5}
+FLOW_FLAGS = {"flow": [], "window1": ["--sde_window_size", "1"],
+              "window3": ["--sde_window_size", "3"],
+              "blind": ["--beta", "0", "--reward", f"{MODELS}/judge"]}
+FLOW_SWAPS = {"cps": ("sde_step", cps_step), "average": ("parse_verdict", average_as_score),
+              "expected": ("score_edits", expected_scores),
+              "blind": ("score_edits", cleanliness_scores)}
+GCPO_VARIANTS = [*GCPO_FLAGS, *GCPO_SWAPS, *GCPO_SHARES]
+FLOW_VARIANTS = [*FLOW_FLAGS, "cps", "average", "expected", "no_keep"]
 
 
 def first_pairs(path, share):
@@ -57,147 +154,181 @@ def first_pairs(path, share):
     return new_path
 
 
-def start_of(name):
-    """The folder of the SFT-RRM that a variant starts from."""
-    return "sft_small" if name.startswith("small") else "sft"
+def without_keep(path):
+    """A file with the same prompts, whose principles do not ask what was kept."""
+    rows = world.read_jsonl(path)
+    for row in rows:
+        row["principles"] = [p for p in row["principles"] if p["category"] != "keep"]
+    new_path = Path(path).with_name("no_keep.jsonl")
+    world.save_jsonl(new_path, rows)
+    return new_path
 
 
-def train_variant(run, variant, seed):
-    """Train one variant in this process, then measure it with evaluate.py."""
-    out = run / "study" / f"{variant}_{seed}"
+def train_gcpo_variant(run, variant, seed, out):
+    """train_gcpo.py in this process, then four verdicts on both edits of every held-out pair."""
     pairs = run / "data/preferences/preferences.jsonl"
-    if variant in SWAPS:
-        name, function = SWAPS[variant]
+    if variant in GCPO_SWAPS:
+        name, function = GCPO_SWAPS[variant]
         setattr(train_gcpo, name, function)
-    if variant in PAIR_SHARES:
-        pairs = first_pairs(pairs, PAIR_SHARES[variant])
-    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--seed", str(seed), "--model",
-                str(run / start_of(variant) / "model"), "--out", str(out), *FLAGS.get(variant, [])]
+    if variant in GCPO_SHARES:
+        pairs = first_pairs(pairs, GCPO_SHARES[variant])
+    sys.argv = ["train_gcpo.py", "--toy", "--pairs", str(pairs), "--seed", str(seed),
+                "--model", str(run / "sft/model"), "--out", str(out), "--resume",
+                *GCPO_FLAGS.get(variant, [])]
     train_gcpo.main()
-    judge_bench(run, out / "model", out / "reward")
+    judge_bench(run, out / "model", out)
 
 
 def judge_bench(run, model, out):
-    """Four sampled verdicts on both edits of every held-out pair."""
-    pairs = run / "data/reward_bench/preferences.jsonl"
-    subprocess.run([sys.executable, evaluate.__file__, "reward", "--toy", "--num_samples", "4",
-                    "--pairs", pairs, "--vlm", model, "--out", out],
-                   check=True, stdout=subprocess.DEVNULL)
+    """Four sampled verdicts on both edits of every held-out pair: OUT/reward/scores.jsonl."""
+    subprocess.run([sys.executable, "evaluate.py", "reward", "--toy", "--num_samples", "4",
+                    "--pairs", run / "data/reward_bench/preferences.jsonl", "--vlm", model,
+                    "--out", out / "reward"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-# ---------------------------------------------------------------- the tables
-
-def true_scores(path, rows, side):
-    """The oracle on the chosen or on the rejected edits of pairs."""
-    return world.judge_rows(path, [row | dict(edit=row[side]) for row in rows])
-
-
-def rightly_labeled(path):
-    """Ids of the rows of a scores.jsonl whose label the oracle shares."""
-    rows = world.read_jsonl(path)
-    chosen = true_scores(path, rows, "chosen")
-    rejected = true_scores(path, rows, "rejected")
-    return {row["id"] for row, c, r in zip(rows, chosen, rejected) if c["O"] > r["O"]}
-
-
-def table_cells(rows, before):
-    """Strict accuracy of one verdict (@1) and of the mean of four (@4), and the gains in points."""
-    gains = evaluate.paired_gains(before, rows, evaluate.pair_metrics)
-    cells = []
-    for name in ("at_1", "strict"):
-        values = [evaluate.pair_metrics(row)[name] for row in rows]
-        gain = gains[name]
-        cells.append(f"{sum(values) / len(values):.3f}")
-        cells.append(f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, "
-                     f"{100 * gain['high']:+.1f}]")
-    return cells
+def train_flow_variant(run, variant, seed, out):
+    """train_flow_grpo.py in this process, then the held-out edits by the oracle."""
+    prompts = run / "data/rl/principles.jsonl"
+    if variant in FLOW_SWAPS:
+        name, function = FLOW_SWAPS[variant]
+        setattr(train_flow_grpo, name, function)
+    if variant == "no_keep":
+        prompts = without_keep(prompts)
+    sys.argv = ["train_flow_grpo.py", "--toy", "--prompts", str(prompts), "--seed", str(seed),
+                "--editor", f"{MODELS}/editor", "--reward", str(run / "gcpo/model"),
+                "--out", str(out), "--resume", *FLOW_FLAGS.get(variant, [])]
+    train_flow_grpo.main()
+    draw(run, out / "edits", "--lora", out / "lora")
 
 
-def load_study_scores(run, folder, right_labels):
-    path = run / "study" / folder / "scores.jsonl"
-    rows = world.read_jsonl(path)
-    if right_labels:
-        right = rightly_labeled(path)
-        rows = [row for row in rows if row["id"] in right]
-    return rows
+def draw(run, out, *lora):
+    """The held-out edits of the editor, judged by the oracle: OUT/scores.jsonl."""
+    subprocess.run([sys.executable, "build_sft.py", "--toy", "--editors", f"{MODELS}/editor",
+                    "--principles", run / "data/editor_bench/edits.jsonl",
+                    "--num_images_per_prompt", "1", *lora, "--out", out],
+                   check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    world.judge(out / "candidates.jsonl", out / "scores.jsonl")
 
 
-def print_line(cells):
-    print("| " + " | ".join(cells) + " |")
+def scores_path(run, variant, seed):
+    """The scores.jsonl of a variant that is done."""
+    edits = "reward" if variant in GCPO_VARIANTS else "edits"
+    return run / "study" / f"{variant}_{seed}" / edits / "scores.jsonl"
 
 
-def study_table(run, right_labels):
-    """A line for each variant, and one for each SFT-RRM that they started from."""
-    print_line(["variant", "strict @1", "gain over its SFT-RRM", "strict @4",
-                "gain over its SFT-RRM"])
-    print_line(["---"] * 5)
-    names = sorted(path.parents[1].name for path in (run / "study").glob("*/reward/reward.json"))
-    for start in sorted({start_of(name) for name in names}):
-        if not (run / "study" / start / "reward.json").exists():
-            judge_bench(run, run / start / "model", run / "study" / start)
-        before = load_study_scores(run, start, right_labels)
-        print_line([f"{start}: before GCPO", *table_cells(before, before)])
-        for name in names:
-            if start_of(name) == start:
-                rows = load_study_scores(run, f"{name}/reward", right_labels)
-                print_line([name, *table_cells(rows, before)])
+def train_variant(run, variant, seed):
+    """Train and measure one variant, unless that is done."""
+    out = run / "study" / f"{variant}_{seed}"
+    if scores_path(run, variant, seed).exists():
+        return
+    if variant in GCPO_VARIANTS:
+        train_gcpo_variant(run, variant, seed, out)
+    else:
+        train_flow_variant(run, variant, seed, out)
 
 
-def answers_of(path):
-    """All verdicts of a scores.jsonl that parse, against the oracle.
+def train_all(run, variants, seeds):
+    """Every variant in a process of its own, because it changes the script; two at a time."""
+    if not (run / "study/sft/reward/reward.json").exists():
+        judge_bench(run, run / "sft/model", run / "study/sft")
+    if not (run / "study/before/scores.jsonl").exists():
+        draw(run, run / "study/before")
 
-    Returns {(category, true answer): [answers, ...]} and the scores.
-    """
-    rows = world.read_jsonl(path)
-    answers = {}
-    scores = []
-    for side in ("chosen", "rejected"):
-        for row, truth in zip(rows, true_scores(path, rows, side)):
-            principles = row["principles"]
-            for reply in row[f"{side}_replies"]:
-                verdict = evaluate.parse_verdict(reply, len(principles))
-                if verdict is None:
-                    continue
-                scores.append(verdict.score)
-                for principle, true, answer in zip(principles, truth["verdict"], verdict.verdict):
-                    answers.setdefault((principle["category"], true), []).append(answer)
-    return answers, torch.tensor(scores)
+    def start(variant, seed):
+        with open(run / "study" / f"{variant}_{seed}.log", "a", encoding="utf-8") as log:
+            subprocess.run([sys.executable, __file__, "--run", run, "--only", variant,
+                            "--seed", str(seed)], check=True, cwd=ROOT, stdout=log, stderr=log,
+                           env=os.environ | dict(OMP_NUM_THREADS="1"))
+        print(f"{variant}_{seed} is done", flush=True)
+
+    jobs = [(variant, seed) for seed in range(seeds) for variant in variants
+            if not scores_path(run, variant, seed).exists()]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: start(*job), jobs))   # the list raises what went wrong in a job
 
 
-def stricter(run):
-    """The same edits before and after GCPO, against the oracle, and the scores that follow."""
-    print_line(["judge", "follow faults caught", "keep faults caught", "true passes lost",
-                "mean score", "scores below 5"])
-    print_line(["---"] * 6)
-    for name, folder in (("SFT-RRM", "sft"), ("RL-RRM", "base_0/reward")):
-        answers, scores = answers_of(run / "study" / folder / "scores.jsonl")
-        passes = []
-        for (_, true), given in answers.items():
-            if true:
-                passes += given
-        cells = [name]
-        for given in (answers["follow", 0], answers["keep", 0], passes):
-            cells.append(f"{1 - sum(given) / len(given):.1%}")
-        low = (scores < 5).float().mean()
-        print_line(cells + [f"{scores.mean():.2f}", f"{low:.1%}"])
+# ---------------------------------------------------------------- the CSV and the tables
+
+def reward_columns(rows):
+    """Accuracies in % of one sampled verdict, a tie as 0 or as one half, and of the mean of four."""
+    metrics = [evaluate.pair_metrics(row) for row in rows]
+    one_half = [evaluate.pair_metrics(row | dict(
+        chosen_score=row["chosen_scores"][0], rejected_score=row["rejected_scores"][0]))["half"]
+        for row in rows]
+    return {"strict @1": 100 * sum(m["at_1"] for m in metrics) / len(rows),
+            "half @1": 100 * sum(one_half) / len(rows),
+            "strict @4": 100 * sum(m["strict"] for m in metrics) / len(rows)}
+
+
+def edit_columns(rows):
+    return {name: sum(row[name] for row in rows) / len(rows) for name in ("SC", "PQ", "O")}
+
+
+def collect(run, variants, seeds):
+    """A line for each variant and seed, with its paired difference to `base` or `flow`."""
+    lines = [dict(stage="gcpo", variant="SFT-RRM")
+             | reward_columns(world.read_jsonl(run / "study/sft/reward/scores.jsonl")),
+             dict(stage="flow", variant="before")
+             | edit_columns(world.read_jsonl(run / "study/before/scores.jsonl"))]
+    for variant in variants:
+        for seed in range(seeds):
+            path = scores_path(run, variant, seed)
+            if not path.exists():
+                continue
+            rows = world.read_jsonl(path)
+            is_gcpo = variant in GCPO_VARIANTS
+            base = scores_path(run, "base" if is_gcpo else "flow", seed)
+            if is_gcpo:
+                line = dict(stage="gcpo", variant=variant, seed=seed) | reward_columns(rows)
+            else:
+                line = dict(stage="flow", variant=variant, seed=seed) | edit_columns(rows)
+            if base.exists() and base != path:
+                metrics, name, factor = evaluate.edit_metrics, "O", 1
+                if is_gcpo:
+                    metrics, name, factor = evaluate.pair_metrics, "at_1", 100
+                gain = evaluate.paired_gains(world.read_jsonl(base), rows, metrics)[name]
+                line |= dict(difference=factor * gain["mean"], low=factor * gain["low"],
+                             high=factor * gain["high"])
+            lines.append(line)
+    return lines
+
+
+def tables(lines):
+    """Two tables as Markdown, one for each stage."""
+    text = []
+    for stage, names, base in (("gcpo", ("strict @1", "half @1", "strict @4"), "base"),
+                               ("flow", ("SC", "PQ", "O"), "flow")):
+        text += ["", f"| {stage} | seed | " + " | ".join(names) + f" | minus {base} |",
+                 "| --- " * (3 + len(names)) + "|"]
+        for line in lines:
+            if line["stage"] != stage:
+                continue
+            cells = [line["variant"], f"{line['seed']:g}" if "seed" in line else ""]
+            cells += [f"{line[name]:.2f}" for name in names]
+            cells.append("" if "low" not in line else
+                         f"{line['difference']:+.2f} [{line['low']:+.2f}, {line['high']:+.2f}]")
+            text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text[1:])
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "table", "stricter"))
-    parser.add_argument("variant", nargs="?", default="base", choices=VARIANTS)
-    parser.add_argument("--run", type=Path, default="runs/toy", help="What toy/run.sh wrote.")
-    parser.add_argument("--seed", type=int, default=0, help="The seed of train_gcpo.py.")
-    parser.add_argument("--right_labels", action="store_true",
-                        help="Leave out the pairs that were labeled wrong on purpose.")
+    variants = GCPO_VARIANTS + FLOW_VARIANTS
+    parser.add_argument("--run", help="What toy/run.sh wrote; without it, only the tables.")
+    parser.add_argument("--seeds", type=int, default=1, help="Runs of every variant.")
+    parser.add_argument("--only", choices=variants, help="Train and measure this one, no table.")
+    parser.add_argument("--seed", type=int, default=0, help="The seed of --only.")
+    parser.add_argument("--csv", default=str(ROOT / "toy/study.csv"))
     args = parser.parse_args()
-    if args.command == "train":
-        train_variant(args.run, args.variant, args.seed)
-    elif args.command == "table":
-        study_table(args.run, args.right_labels)
-    else:
-        stricter(args.run)
+    run = args.run and Path(args.run).resolve()
+    if args.only:
+        train_variant(run, args.only, args.seed)
+        return
+    if run:
+        train_all(run, variants, args.seeds)
+        summary.save_csv(args.csv, collect(run, variants, args.seeds))
+    print(tables(summary.load_csv(args.csv)))
 
 
 if __name__ == "__main__":

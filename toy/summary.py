@@ -3,7 +3,10 @@
     python toy/summary.py --out runs/toy --minutes 12.3
 """
 import argparse
+import csv
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -75,6 +78,35 @@ def table(found, half_gain):
     lines.append(f"    Flow-GRPO adds to O ({share:+.1f} %): {gain_text(gain, 1, 2)}")
     lines += ["", f"    {found['minutes']:.1f} minutes"]
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- small result files
+
+def save_csv(path, lines):
+    """Lines {column: text or number} as a CSV; numbers have four digits behind the point."""
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({name: round(value, 4) if isinstance(value, float) else value
+                             for name, value in line.items()})
+    os.replace(f"{path}.tmp", path)
+
+
+def load_csv(path):
+    """The lines again: what looks like a number is a float, and an empty cell is left out."""
+    lines = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            line = {}
+            for name, cell in row.items():
+                if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell):
+                    line[name] = float(cell)
+                elif cell:
+                    line[name] = cell
+            lines.append(line)
+    return lines
 
 
 # ---------------------------------------------------------------- the picture

@@ -9,12 +9,14 @@
 
 All formats come from four traces of every edit, where toy/run.sh has two. Each format is a cold
 start of the small and of the large base model by train_sft.py, and GCPO on that by train_gcpo.py,
-with a quarter of run.sh's verdicts; both then judge the held-out pairs, by four sampled verdicts
-an edit and by a greedy one. --run is what toy/run.sh wrote; what is done is not done again.
+as in toy/run.sh; both then judge the held-out pairs, by four sampled verdicts an edit and by a
+greedy one. Is the trace that the inspector chose nearer to the truth? A last table says so.
 
-    python toy/table2.py train --seeds 3       # two runs at a time, on one thread each
-    python toy/table2.py table
-    python toy/table2.py inspector             # is the chosen trace nearer to the truth?
+    python toy/table2.py --run runs/toy        # what toy/run.sh wrote; two runs at a time
+    python toy/table2.py                       # only the tables, from toy/table2.csv
+
+What is done is not done again. An interval is a 95 % bootstrap over the held-out source images,
+where the seeds of a row are averaged first.
 """
 import argparse
 import os
@@ -25,8 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data"),
+                str(Path(__file__).parent)]
 import evaluate            # noqa: E402
+import summary             # noqa: E402
 import world               # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -140,8 +144,8 @@ def train(job):
     if not is_judged(job, "rl"):
         command(job.out / "log", "train_gcpo.py", "--toy",
                 "--pairs", job.run / "data/preferences" / job.pairs,
-                "--model", job.out / "sft/model", "--seed", job.seed, "--steps", 60,
-                "--pairs_per_step", 16, "--out", job.out / "rl", "--resume")
+                "--model", job.out / "sft/model", "--seed", job.seed,
+                "--out", job.out / "rl", "--resume")
         judge_model(job, "rl")
     print(f"{job.out} is done", flush=True)
 
@@ -157,82 +161,85 @@ def train_all(run, num_seeds):
         list(pool.map(train, jobs))         # the list raises what went wrong in a job
 
 
-# ---------------------------------------------------------------- the tables
+# ---------------------------------------------------------------- from the runs to the CSV
 
 @dataclass
 class Accuracy:
     """How often a pair is ranked right: the mean over the seeds."""
     value: float
     row: dict
-    num_seeds: int
 
 
-def accuracies(run, size, form, stage, way):
-    """{pair: Accuracy} of one way of asking."""
+def accuracies(run, size, form, stage, way, seed="[0-9]*"):
+    """{pair: Accuracy} of one way of asking, over all seeds or of one."""
     folder, metric = WAYS[way]
     values = {}
     rows = {}
-    for path in sorted((run / "table2").glob(f"{size}_{form}_[0-9]*/{stage}/{folder}")):
+    for path in sorted((run / "table2").glob(f"{size}_{form}_{seed}/{stage}/{folder}")):
         if not (path / "reward.json").exists():
             continue
         for row in world.read_jsonl(path / "scores.jsonl"):
             values.setdefault(row["id"], []).append(evaluate.pair_metrics(row)[metric])
             rows.setdefault(row["id"], row)
-    found = {}
-    for pair, many in values.items():
-        found[pair] = Accuracy(sum(many) / len(many), rows[pair], len(many))
-    return found
+    return {pair: Accuracy(sum(many) / len(many), rows[pair]) for pair, many in values.items()}
 
 
 def mean_accuracy(found):
     return sum(accuracy.value for accuracy in found.values()) / len(found)
 
 
-def difference(a, b):
-    """b - a in points, pair by pair, with its interval over sources, as text."""
+def difference(name, a, b):
+    """b - a in points, pair by pair, and its interval over sources, as columns NAME, _low, _high."""
     shared = [pair for pair in a if pair in b]
     found = evaluate.bootstrap_mean([b[pair].value - a[pair].value for pair in shared],
                                     [a[pair].row for pair in shared])
-    return (f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, "
-            f"{100 * found['high']:+.1f}]")
+    return {name: 100 * found["mean"], f"{name}_low": 100 * found["low"],
+            f"{name}_high": 100 * found["high"]}
 
 
-def accuracy_table(run):
-    """A line for each row of the paper's table: accuracies of the cold start and after GCPO."""
-    titles = ["base, verdict", "seeds"]
-    titles += [f"SFT {way}" for way in WAYS] + [f"RL {way}" for way in WAYS]
-    titles += ["GCPO adds @1", "TV is better by: SFT @1", "RL @1"]
-    print("| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
+def accuracy_columns(run, size, form, seed="[0-9]*"):
+    """The six accuracies of a row in %, or {} while one of them is not there yet."""
+    columns = {}
+    for stage in STAGES:
+        for way in WAYS:
+            found = accuracies(run, size, form, stage, way, seed)
+            if not found:
+                return {}
+            columns[f"{stage} {way}"] = 100 * mean_accuracy(found)
+    return columns
+
+
+def collect(run):
+    """The lines of the CSV: one for every seed of a row, and one over all seeds."""
+    lines = []
     for size in BASES:
         for form in FORMATS:
-            line = accuracy_line(run, size, form)
-            if line:
-                print("| " + " | ".join(line) + " |")
+            seeds = [path.name.rpartition("_")[2]
+                     for path in sorted((run / "table2").glob(f"{size}_{form}_[0-9]*"))]
+            seeds = [seed for seed in seeds if accuracy_columns(run, size, form, seed)]
+            for seed in seeds:
+                lines.append(dict(base=size, form=form, seed=seed)
+                             | accuracy_columns(run, size, form, seed))
+            if not seeds:
+                continue
+            sft = accuracies(run, size, form, "sft", "@1")
+            rl = accuracies(run, size, form, "rl", "@1")
+            line = dict(base=size, form=form, seed="all") | accuracy_columns(run, size, form)
+            line |= difference("GCPO adds", sft, rl)
+            for stage, found in (("sft", sft), ("rl", rl)):
+                best = accuracies(run, size, "TV", stage, "@1")
+                if form != "TV" and best:
+                    line |= difference(f"TV is better, {stage}", found, best)
+            lines.append(line)
     large = accuracies(run, "vlm", "TV", "rl", "@1")
     small = accuracies(run, "vlm_small", "TV", "rl", "@1")
     if large and small:
-        print(f"\nTV, RL, @1: the large base is better by {difference(small, large)} points.")
+        lines.append(dict(base="vlm - vlm_small", form="TV", seed="all")
+                     | difference("large is better", small, large))
+    return lines + inspector_lines(run)
 
 
-def accuracy_line(run, size, form):
-    """The cells of one line, or None if something is not there yet."""
-    found = {}
-    for stage in STAGES:
-        for way in WAYS:
-            found[stage, way] = accuracies(run, size, form, stage, way)
-    if not all(found.values()):
-        return None
-    num_seeds = max(accuracy.num_seeds for accuracy in found["rl", "@1"].values())
-    cells = [f"{size}, {form}", str(num_seeds)]
-    cells += [f"{mean_accuracy(accuracy):.3f}" for accuracy in found.values()]
-    cells.append(difference(found["sft", "@1"], found["rl", "@1"]))
-    for stage in STAGES:
-        best = accuracies(run, size, "TV", stage, "@1")
-        cells.append("" if form == "TV" else difference(found[stage, "@1"], best))
-    return cells
-
-
-def inspector_table(run):
+def inspector_lines(run):
     """The share of the answers that are true by the oracle: of four ways to choose, and of gold."""
     path = run / "table2/sft/sft.jsonl"
     rows = world.read_jsonl(path)
@@ -247,26 +254,58 @@ def inspector_table(run):
                     majority=agreement(majority, truth["verdict"]),
                     random=sum(right) / len(right))
         for way, share in ways.items():
-            shares.setdefault(way, {})[row["id"]] = Accuracy(share, row, 1)
-    print("| answers of | agree with the oracle | chosen is better by |\n" + "| --- " * 3 + "|")
-    for way, found in shares.items():
-        print(f"| {way} | {mean_accuracy(found):.1%} | {difference(found, shares['chosen'])} |")
+            shares.setdefault(way, {})[row["id"]] = Accuracy(share, row)
+    return [dict(base="answers", form=way, seed="all", true=100 * mean_accuracy(found))
+            | difference("chosen is better", found, shares["chosen"])
+            for way, found in shares.items()]
+
+
+# ---------------------------------------------------------------- from the CSV to the tables
+
+def interval_cell(line, name):
+    if name not in line:
+        return ""
+    return f"{line[name]:+.1f} [{line[name + '_low']:+.1f}, {line[name + '_high']:+.1f}]"
+
+
+def tables(lines):
+    """The paper's table, the large base beside the small one, and the inspector, as Markdown."""
+    gains = ["GCPO adds", "TV is better, sft", "TV is better, rl"]
+    text = ["| base | a verdict is | seeds | SFT: @1 / @4 / greedy | RL: @1 / @4 / greedy | "
+            + " | ".join(gains) + " |", "| --- " * 8 + "|"]
+    for line in lines:
+        if line["base"] in BASES and line["seed"] == "all":
+            seeds = [one for one in lines if one["seed"] != "all"
+                     and (one["base"], one["form"]) == (line["base"], line["form"])]
+            cells = [line["base"], line["form"], str(len(seeds))]
+            for stage in STAGES:
+                cells.append(" / ".join(f"{line[f'{stage} {way}']:.1f}" for way in WAYS))
+            cells += [interval_cell(line, name) for name in gains]
+            text.append("| " + " | ".join(cells) + " |")
+    for line in lines:
+        if "large is better" in line:
+            text.append(f"\nTV, RL, @1: the large base is better by "
+                        f"{interval_cell(line, 'large is better')} points.")
+    text += ["", "| answers of | agree with the oracle | chosen is better by |", "| --- " * 3 + "|"]
+    for line in lines:
+        if line["base"] == "answers":
+            text.append(f"| {line['form']} | {line['true']:.1f} % "
+                        f"| {interval_cell(line, 'chosen is better')} |")
+    return "\n".join(text)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "table", "inspector"))
-    parser.add_argument("--run", default="runs/toy", help="What toy/run.sh wrote.")
+    parser.add_argument("--run", help="What toy/run.sh wrote; without it, only the tables.")
     parser.add_argument("--seeds", type=int, default=3, help="Runs of every row.")
+    parser.add_argument("--csv", default=str(ROOT / "toy/table2.csv"))
     args = parser.parse_args()
-    run = Path(args.run).resolve()
-    if args.command == "train":
+    if args.run:
+        run = Path(args.run).resolve()
         train_all(run, args.seeds)
-    if args.command == "table":
-        accuracy_table(run)
-    if args.command == "inspector":
-        inspector_table(run)
+        summary.save_csv(args.csv, collect(run))
+    print(tables(summary.load_csv(args.csv)))
 
 
 if __name__ == "__main__":

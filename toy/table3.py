@@ -1,9 +1,11 @@
-"""The table and the picture at the end of toy/table3.sh: what Flow-GRPO made of the editors.
+"""The end of toy/table3.sh: what each reward made of the editors, as a CSV, a table and a picture.
 
-    python toy/table3.py --out runs/toy/table3
+    python toy/table3.py --out runs/toy/table3 --csv toy/table3.csv
 
-Every row is the mean over its seeds; an interval is the 95 % bootstrap over prompts, where the
-seeds of a prompt are drawn together. The gain is against the same editor before, prompt by prompt.
+A *run* is one Flow-GRPO with its own chain: a cold start, GCPO and Flow-GRPO with one seed. The CSV
+has a line for each run and each number of denoising steps; the table and the picture are drawn from
+the CSV alone. An interval is a 95 % bootstrap over the held-out prompts of one run; the lines with
+the run "all" have the prompts of all runs, where those of one prompt are drawn together.
 """
 import argparse
 import sys
@@ -13,16 +15,26 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "toy")]
 import evaluate            # noqa: E402
 import pictures            # noqa: E402
+import pretrain_editor     # noqa: E402
 import summary             # noqa: E402
 import world               # noqa: E402
 
+TRAINED_STEPS = 6                   # the denoising steps of Flow-GRPO's rollouts
+STEPS = (1, 2, TRAINED_STEPS, 28)
 # row of the table: the editor that Flow-GRPO starts from
-ROWS = dict(rl="editor", sft="editor", teacher="editor", small_rl="editor", small_sft="editor",
-            weak="editor_weak", qwen="editor_qwen", unguided="editor_qwen_unguided",
-            hacked="editor")
+ROWS = dict(teacher="editor", small_sft="editor", small_rl="editor", sft="editor", rl="editor",
+            qwen="editor_qwen", hacked="editor")
 COMPARED = [("rl", "sft"), ("small_rl", "small_sft"), ("rl", "small_rl")]
 LINES = dict(rl=("RL-RRM", summary.BLUE), sft=("SFT-RRM", summary.ORANGE),
              teacher=("teacher", pictures.GRAY), hacked=("base VLM", "#b3202c"))
+
+
+# ---------------------------------------------------------------- from the runs to the CSV
+
+def load_edit_scores(folder, steps):
+    """{prompt and k: scores} of an editor, or {}: edits of two editors are paired by this key."""
+    path = Path(folder, f"steps{steps}", "scores.jsonl")
+    return evaluate.rows_by_key(world.read_jsonl(path)) if path.exists() else {}
 
 
 def mean_of(values):
@@ -30,76 +42,133 @@ def mean_of(values):
     return sum(values) / len(values)
 
 
-def load_edit_scores(folder):
-    """{prompt and k: row}. An editor's name is in its rows' ids, so they are paired without it."""
-    return evaluate.rows_by_key(world.read_jsonl(Path(folder, "scores.jsonl")))
+def mean_scores(scores):
+    """Means of {key: row}; the hard kinds of edit are those where the editor is mostly wrong."""
+    means = {name: mean_of(row[name] for row in scores.values()) for name in ("SC", "PQ", "O")}
+    hard = [row["O"] for row in scores.values() if row["task"] in pretrain_editor.HARD]
+    easy = [row["O"] for row in scores.values() if row["task"] not in pretrain_editor.HARD]
+    return means | dict(hard_O=mean_of(hard), easy_O=mean_of(easy))
 
 
-def mean_over_seeds(seeds, name):
-    """{key: mean of a score over the seeds}."""
-    return {key: mean_of(rows[key][name] for rows in seeds) for key in seeds[0]}
+def gain(pairs, name):
+    """The mean of after - before and its interval, from [(before, after)] of {key: row} each."""
+    differences = []
+    rows = []
+    for before, after in pairs:
+        for key in after:
+            differences.append(after[key][name] - before[key][name])
+            rows.append(dict(id=key))                       # one key is one prompt, in every run
+    found = evaluate.bootstrap_mean(differences, rows)
+    return {f"{name}_gain": found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
-def gain(after, before):
-    """The mean of after - before, two {key: score}, and its interval, as text."""
-    differences = [after[key] - before[key] for key in after]
-    found = evaluate.bootstrap_mean(differences, [dict(id=key) for key in after])
-    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+def collect(out):
+    """All lines of the CSV that can be written from what is in the folder `out`."""
+    lines = []
+    for steps in STEPS:
+        done = {}                   # row -> {run: scores}
+        for editor in dict.fromkeys(ROWS.values()):
+            before = load_edit_scores(Path(out, editor), steps)
+            if before:
+                lines.append(dict(row=editor, run="before", steps=steps) | mean_scores(before))
+        for row, editor in ROWS.items():
+            before = load_edit_scores(Path(out, editor), steps)
+            done[row] = {}
+            for folder in sorted(Path(out, row).glob("[0-9]*")):
+                after = load_edit_scores(folder, steps)
+                if after:
+                    done[row][folder.name] = after
+                    curve = world.read_jsonl(folder / "curve.jsonl")
+                    lines.append(
+                        dict(row=row, run=folder.name, steps=steps) | mean_scores(after)
+                        | gain([(before, after)], "O") | gain([(before, after)], "PQ")
+                        | dict(reward_before=curve[0]["reward"], reward_after=curve[-1]["reward"]))
+            if done[row]:
+                pairs = [(before, after) for after in done[row].values()]
+                lines.append(dict(row=row, run="all", steps=steps)
+                             | gain(pairs, "O") | gain(pairs, "PQ"))
+        for a, b in COMPARED:
+            pairs = [(done[b][run], done[a][run]) for run in done[a] if run in done[b]]
+            if pairs:
+                lines.append(dict(row=f"{a} - {b}", run="all", steps=steps)
+                             | gain(pairs, "O") | gain(pairs, "PQ"))
+    return lines
 
 
-def read_curve(folders):
-    """[(step, reward, oracle's O)] on the held-out prompts, the mean over the seeds."""
-    curves = [world.read_jsonl(Path(folder, "curve.jsonl")) for folder in folders]
-    points = []
-    for rows in zip(*curves):
-        reward = mean_of(row["reward"] for row in rows)
-        truth = mean_of(row["oracle O"] for row in rows)
-        points.append((rows[0]["step"], reward, truth))
-    return points
+# ---------------------------------------------------------------- from the CSV to the tables
+
+def interval_text(line, name):
+    return f"{line[name + '_gain']:+.2f} [{line[name + '_low']:+.2f}, {line[name + '_high']:+.2f}]"
 
 
-def folders_of(out, name):
-    """The seeds of a row that are done."""
-    return sorted(path.parent for path in Path(out, name).glob("*/scores.jsonl"))
+def select(lines, row, steps):
+    """The lines of a row of the table, one for each run."""
+    return [line for line in lines
+            if line["row"] == row and line["steps"] == steps and line["run"] != "all"]
 
 
-def row_cells(name, folders, before):
-    """One line of the table, from the folders of its seeds and the scores before."""
-    seeds = [load_edit_scores(folder) for folder in folders]
-    overall = mean_over_seeds(seeds, "O")
-    quality = mean_over_seeds(seeds, "PQ")
-    overall_before = mean_over_seeds([before], "O")
-    curve = read_curve(folders)
-    first = curve[0]
-    last = curve[-1]
-    return [
-        f"{ROWS[name]}, {name}", f"{len(folders)}",
-        f"{mean_of(mean_over_seeds(seeds, 'SC').values()):.2f}",
-        f"{mean_of(quality.values()):.2f}",
-        f"{mean_of(overall_before.values()):.2f} -> {mean_of(overall.values()):.2f}",
-        gain(overall, overall_before),
-        gain(quality, mean_over_seeds([before], "PQ")),
-        ", ".join(f"{mean_of(row['O'] for row in rows.values()):.2f}" for rows in seeds),
-        f"{first[1]:.2f} -> {last[1]:.2f}",
-        f"{first[2]:.2f} -> {last[2]:.2f}"]
+def pooled(lines, row, steps):
+    """The line over all runs of a row."""
+    return next(line for line in lines
+                if line["row"] == row and line["steps"] == steps and line["run"] == "all")
 
 
-def table_of_rewards(out):
-    """The Markdown table of all rows that are there, and what the RL-RRMs gain on the SFT-RRMs."""
-    lines = ["| editor, its reward | seeds | SC | PQ | O | gain of O | change of PQ "
-             "| every seed's O | reward on held-out prompts | oracle's O there |",
-             "| --- " * 10 + "|"]
-    overall = {}
-    for name, editor in ROWS.items():
-        folders = folders_of(out, name)
-        if folders:
-            before = load_edit_scores(Path(out, editor))
-            lines.append("| " + " | ".join(row_cells(name, folders, before)) + " |")
-            overall[name] = mean_over_seeds([load_edit_scores(folder) for folder in folders], "O")
+def means(lines, *names):
+    """The mean over the runs, in one cell: `6.94 / 9.97 / 7.39`."""
+    return " / ".join(f"{mean_of(line[name] for line in lines):.2f}" for name in names)
+
+
+def reward_table(lines):
+    """Table 3: a line for each editor before, and one for each reward."""
+    text = ["| editor | reward | runs | SC / PQ / O | every run's O | gain of O | change of PQ "
+            "| O of the hard kinds / of the others | the reward's own score |", "| --- " * 9 + "|"]
+    for editor in dict.fromkeys(ROWS.values()):
+        before = select(lines, editor, TRAINED_STEPS)
+        if not before:
+            continue
+        text.append(f"| `{editor}` | none | | {means(before, 'SC', 'PQ', 'O')} | | | "
+                    f"| {means(before, 'hard_O', 'easy_O')} | |")
+        for row in [row for row in ROWS if ROWS[row] == editor]:
+            runs = select(lines, row, TRAINED_STEPS)
+            if runs:
+                every = pooled(lines, row, TRAINED_STEPS)
+                overall = ", ".join(f"{line['O']:.2f}" for line in runs)
+                text.append(
+                    f"| | {row} | {len(runs)} | {means(runs, 'SC', 'PQ', 'O')} | {overall} "
+                    f"| {interval_text(every, 'O')} | {interval_text(every, 'PQ')} "
+                    f"| {means(runs, 'hard_O', 'easy_O')} "
+                    f"| {means(runs, 'reward_before')} -> {means(runs, 'reward_after')} |")
     for a, b in COMPARED:
-        if a in overall and b in overall:
-            lines.append(f"\nO with {a} minus O with {b}: {gain(overall[a], overall[b])}")
-    return "\n".join(lines)
+        name = f"{a} - {b}"
+        if any(line["row"] == name for line in lines):
+            line = pooled(lines, name, TRAINED_STEPS)
+            text.append(f"\n{name}: O {interval_text(line, 'O')}, PQ {interval_text(line, 'PQ')}")
+    return "\n".join(text)
+
+
+def steps_table(lines):
+    """O against denoising steps, before and after Flow-GRPO, and the gain at each number."""
+    titles = [f"{steps} steps" for steps in STEPS]
+    text = ["| editor, reward | " + " | ".join(titles) + " |", "| --- " * (1 + len(STEPS)) + "|"]
+    for row in [*dict.fromkeys(ROWS.values()), *ROWS]:
+        cells = []
+        for steps in STEPS:
+            runs = select(lines, row, steps)
+            cell = means(runs, "O") if runs else ""
+            if runs and row in ROWS:
+                cell += f", {interval_text(pooled(lines, row, steps), 'O')}"
+            cells.append(cell)
+        if any(cells):
+            text.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+# ---------------------------------------------------------------- the picture
+
+def read_curve(folder):
+    """[(step, reward, oracle's O)] on the held-out prompts of one run."""
+    rows = world.read_jsonl(Path(folder, "curve.jsonl"))
+    return [(row["step"], row["reward"], row["oracle O"]) for row in rows]
 
 
 def draw_hacking(out, path, columns=7):
@@ -119,21 +188,25 @@ def draw_hacking(out, path, columns=7):
     for i, title in ((1, "the reward's own score"), (2, "the truth: oracle's O")):
         curves = {}
         for name, (label, color) in LINES.items():
-            points = read_curve(folders_of(out, name))
-            curves[label] = color, [(point[0], point[i]) for point in points]
+            if Path(out, name, "0", "curve.jsonl").exists():
+                points = read_curve(Path(out, name, "0"))
+                curves[label] = color, [(point[0], point[i]) for point in points]
         charts.append(summary.line_chart(title, curves))
     summary.stack([[sheet], charts]).save(path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="The folder of toy/table3.sh.")
-    out = parser.parse_args().out
-    text = table_of_rewards(out)
-    print(text)
-    Path(out, "table3.md").write_text(text + "\n", encoding="utf-8")
-    if folders_of(out, "hacked"):
-        draw_hacking(out, Path(out, "table3.png"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="The folder of toy/table3.sh; without it, only the tables.")
+    parser.add_argument("--csv", default=str(ROOT / "toy/table3.csv"))
+    args = parser.parse_args()
+    if args.out:
+        summary.save_csv(args.csv, collect(args.out))
+        if Path(args.out, "hacked/0/curve.jsonl").exists():
+            draw_hacking(args.out, Path(args.out, "table3.png"))
+    lines = summary.load_csv(args.csv)
+    print(reward_table(lines) + "\n\n" + steps_table(lines))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ OBJECTS = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
 # Each scene belongs to exactly one split, by its hash. The numbers are shares out of 100.
 SPLITS = {
     "pretrain": 60, "sft": 8, "preferences": 10, "reward_bench": 8, "rl": 7, "editor_bench": 7}
-EDITS_OF = {"sft": 240, "preferences": 480, "reward_bench": 480, "rl": 240, "editor_bench": 320}
+EDITS_OF = {"sft": 160, "preferences": 400, "reward_bench": 360, "rl": 240, "editor_bench": 320}
 
 
 # ---------------------------------------------------------------- scenes and pictures
@@ -90,6 +90,17 @@ def render(scenes):
         mask = (MASKS[known // 4, place] * (code >= 0)[:, None, None])[:, None]
         pictures = pictures * (1 - mask) + COLOR_RGB[known % 4][:, :, None, None] * mask
     return pictures
+
+
+def smudge(pictures, strength):
+    """Blocks of 8 pixels in two tints, as a bad compression leaves them: PQ falls, SC stays.
+
+    Pictures (B, 3, SIZE, SIZE) in 0..1; strength (B,) from 0, clean, to 1, where PQ is about 4.4.
+    """
+    block = torch.arange(SIZE) // 8
+    sign = 1 - 2 * ((block[:, None] + block) % 2)                               # (SIZE, SIZE)
+    tint = torch.tensor([0.09, -0.09, 0.09])[:, None, None] * sign              # (3, SIZE, SIZE)
+    return (pictures + strength[:, None, None, None] * tint).clamp(0, 1)
 
 
 def random_scene(rng):
@@ -185,6 +196,21 @@ def principles(scene, target):
     rows.append(("Are all other places empty?", "keep"))
     rows.append(("Is the picture clean?", "quality"))
     return [{"question": question, "category": category} for question, category in rows]
+
+
+def contrary(question, rng):
+    """The question that asks for the opposite; "other places" and "clean" have none and stay."""
+    match = re.fullmatch(r"Is (?:the|there a) (\w+ \w+) (?:still )?at the .*", question)
+    if match:
+        return f"Is the {match[1]} gone?"
+    match = re.fullmatch(r"Is the (\w+ \w+) gone\?", question)
+    if match:
+        return f"Is there a {match[1]} at the {rng.choice(PLACES)}?"
+    match = re.fullmatch(r"(Is the background (?:still )?)(\w+)\?", question)
+    if match:
+        other = rng.choice([color for color in BACKGROUNDS if color != match[2]])
+        return f"{match[1]}{other}?"
+    return question
 
 
 # ---------------------------------------------------------------- the oracle
@@ -346,30 +372,49 @@ def prompt_of(row):
 
 # ---------------------------------------------------------------- the oracle as people
 
-def prefer(candidates, out, same=1.0, noise=0.03):
+SAME = 1.0          # two edits whose scores differ by less look the same to the annotator
+FLIPPED = 0.03      # the share of the annotator's preferences that are wrong
+
+
+def preference(rng, score_a, score_b):
+    """What the annotator says of two edits by one score: 1, -1 if b is better, 0 for the same."""
+    is_flipped = rng.random() < FLIPPED
+    if abs(score_a - score_b) < SAME:
+        return 0
+    return 1 if (score_a > score_b) != is_flipped else -1
+
+
+def prefer(candidates, out):
     """Candidates -> pairs as people would label them: the edit with the better O wins.
 
-    The candidates of one edit are shuffled (by its id) and compared two by two. A difference below
-    `same` is no pair, and a share `noise` of the labels is flipped.
+    The candidates of one edit are shuffled (by its id) and compared two by two. The annotator also
+    says which edit follows the instruction better (by SC) and which has the better quality (by PQ).
+    Pairs that are the same in O go to ties.jsonl beside `out`.
     """
     rows = read_jsonl(candidates)
     groups = {}
     for row, truth in zip(rows, judge_rows(candidates, rows)):
-        groups.setdefault(prompt_of(row), []).append((row, truth["O"]))
+        groups.setdefault(prompt_of(row), []).append((row, truth))
     pairs = []
-    dropped = 0
+    ties = []
     for name, group in groups.items():
         rng = random.Random(name)
         rng.shuffle(group)
-        for k, ((a, score_a), (b, score_b)) in enumerate(zip(group[::2], group[1::2])):
-            if abs(score_a - score_b) < same:
-                dropped += 1
-                continue
-            flipped = rng.random() < noise
-            chosen, rejected = (a, b) if (score_a > score_b) != flipped else (b, a)
-            pairs.append(pair_row(f"{name}/{k}", chosen, rejected, candidates, out))
+        for k, ((a, truth_a), (b, truth_b)) in enumerate(zip(group[::2], group[1::2])):
+            overall = preference(rng, truth_a["O"], truth_b["O"])
+            if overall == -1:
+                a, truth_a, b, truth_b = b, truth_b, a, truth_a
+            row = pair_row(f"{name}/{k}", a, b, candidates, out)
+            words = {1: "chosen", -1: "rejected", 0: "same"}
+            row["follow"] = words[preference(rng, truth_a["SC"], truth_b["SC"])]
+            row["quality"] = words[preference(rng, truth_a["PQ"], truth_b["PQ"])]
+            if overall == 0:
+                ties.append(row)
+            else:
+                pairs.append(row)
     save_jsonl(out, pairs)
-    print(f"{len(pairs)} pairs in {out}; {dropped} were called the same and dropped")
+    save_jsonl(Path(out).with_name("ties.jsonl"), ties)
+    print(f"{len(pairs)} pairs in {out}; {len(ties)} look the same and are in ties.jsonl")
 
 
 def pair_row(name, chosen, rejected, candidates, out):
@@ -387,24 +432,27 @@ def pair_row(name, chosen, rejected, candidates, out):
 # ---------------------------------------------------------------- the oracle as a judge
 
 def trust(traces):
-    """How well each VLM's score follows the oracle's O within a prompt's edits: {vlm: correlation}.
+    """How well each VLM's score follows the truth within a prompt's edits: {vlm: {O, SC, PQ}}.
 
     Both are centered within the edits of a prompt, as Flow-GRPO centers rewards, then correlated.
     """
     rows = read_jsonl(traces)
-    groups = {}                             # vlm -> prompt -> [(score, O), ...]
+    groups = {}                             # vlm -> prompt -> [(score, O, SC, PQ), ...]
     for row, truth in zip(rows, judge_rows(traces, rows)):
         for trace in row["traces"]:
             by_prompt = groups.setdefault(trace["vlm"], {})
-            by_prompt.setdefault(prompt_of(row), []).append((trace["score"], truth["O"]))
-    correlations = {}
+            numbers = (trace["score"], truth["O"], truth["SC"], truth["PQ"])
+            by_prompt.setdefault(prompt_of(row), []).append(numbers)
+    found = {}
     for vlm, by_prompt in groups.items():
         samples = [torch.tensor(group, dtype=torch.float64) for group in by_prompt.values()]
-        pairs = torch.cat([group - group.mean(0) for group in samples])         # (edits, 2)
-        correlations[vlm] = torch.corrcoef(pairs.T)[0, 1].item()
-        print(f"{vlm}: within-group correlation with the oracle's O {correlations[vlm]:.3f} "
-              f"({len(pairs)} edits of {len(by_prompt)} prompts)")
-    return correlations
+        centered = torch.cat([group - group.mean(0) for group in samples])      # (edits, 4)
+        correlations = torch.corrcoef(centered.T)[0].tolist()
+        found[vlm] = dict(zip(("O", "SC", "PQ"), correlations[1:]))
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in found[vlm].items())
+        print(f"{vlm}: within-group correlation with the oracle's {numbers} "
+              f"({len(centered)} edits of {len(by_prompt)} prompts)")
+    return found
 
 
 def mean_scores(truths, names):

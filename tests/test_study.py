@@ -142,8 +142,8 @@ def test_the_tables_compare_with_the_base_of_the_same_seed(tmp_path):
     edits_file(study.scores_path(tmp_path, "flow", 0), 7.0)
     edits_file(study.scores_path(tmp_path, "cps", 0), 7.5)
     variants = study.GCPO_VARIANTS + study.FLOW_VARIANTS
-    summary.save_csv(tmp_path / "study.csv", study.collect(tmp_path, variants, 1))
-    lines = study.tables(summary.load_csv(tmp_path / "study.csv")).splitlines()
+    summary.save_csv(tmp_path / "study.csv", study.collect_variants(tmp_path, variants, 1))
+    lines = study.study_tables(summary.load_csv(tmp_path / "study.csv")).splitlines()
     assert "| SFT-RRM |  | 0.00 | 50.00 | 0.00 |  |" in lines
     assert "| base | 0 | 100.00 | 100.00 | 100.00 |  |" in lines
     assert "| std | 0 | 0.00 | 0.00 | 0.00 | -100.00 [-100.00, -100.00] |" in lines

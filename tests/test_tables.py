@@ -56,10 +56,10 @@ def test_table2_averages_over_seeds_and_pairs_rows(tmp_path, monkeypatch):
                         dict(id=f"p{k}", source=f"s{k}", chosen_score=a, rejected_score=b,
                              chosen_scores=[a], rejected_scores=[b]) for k, (a, b) in enumerate(scores)])
     monkeypatch.setattr(table2, "inspector_lines", lambda run: [])
-    summary.save_csv(tmp_path / "table2.csv", table2.collect(tmp_path))
+    summary.save_csv(tmp_path / "table2.csv", table2.collect_accuracies(tmp_path))
     found = summary.load_csv(tmp_path / "table2.csv")
     assert [line["sft @1"] for line in found if line["form"] == "TV"] == [75, 100, 87.5]
-    lines = table2.tables(found).splitlines()
+    lines = table2.accuracy_tables(found).splitlines()
     assert lines[2].startswith("| vlm | TV | 2 | 87.5 / 87.5 / 87.5 | 87.5 /")
     assert "| +0.0 [+0.0, +0.0] |  |  |" in lines[2]
     assert lines[3].startswith("| vlm | T | 1 | 0.0 / ") and "| +100.0 [+100.0, +100.0] | +87.5 [" in lines[3]
@@ -79,7 +79,7 @@ def test_inspector_counts_true_answers(tmp_path):
         dict(id=str(k), source=f"../../source{k}.png", edit=f"../../edit{k}.png", instruction="remove the red circle",
              principles=principles, gold=yes, chosen=0, traces=[trace(yes, 9), trace(no, 1), trace(no, 1)])
         for k in range(3)])
-    text = table2.tables(table2.inspector_lines(tmp_path))
+    text = table2.accuracy_tables(table2.inspector_lines(tmp_path))
     shares = dict(re.findall(r"\| (\w+) \| ([\d.]+) %", text))
     assert shares == dict(inspector="100.0", chosen="100.0", worst="0.0", majority="0.0", random="33.3")
     assert "| random | 33.3 % | +66.7 [" in text
@@ -101,7 +101,7 @@ def test_table3_from_scores(tmp_path):
     scores("editor", 5.0)
     for folder, o, reward in (("rl/0", 6.0, 7.0), ("rl/1", 7.0, 8.0), ("sft/0", 5.5, 9.0), ("hacked/0", 4.0, 9.5)):
         scores(folder, o, reward)
-    summary.save_csv(tmp_path / "table3.csv", table3.collect(tmp_path))
+    summary.save_csv(tmp_path / "table3.csv", table3.collect_runs(tmp_path))
     found = summary.load_csv(tmp_path / "table3.csv")
     lines = table3.reward_table(found).splitlines()
     assert len(lines) == 8 and len({line.count("|") for line in lines[:6]}) == 1
@@ -178,7 +178,7 @@ def test_the_picture_of_degraded_principles_leaves_out_what_could_not_be_read(tm
                 lines.append(line)
     summary.save_csv(tmp_path / "degrade.csv", lines)
     found = summary.load_csv(tmp_path / "degrade.csv")
-    assert "| dropped | 1 | RL-RRM | 0.800 | - | 1.000 |" in degrade.table(found)
-    degrade.draw(found, tmp_path / "degrade.png")
+    assert "| dropped | 1 | RL-RRM | 0.800 | - | 1.000 |" in degrade.degraded_table(found)
+    degrade.draw_degraded(found, tmp_path / "degrade.png")
     colors = {color for _, color in Image.open(tmp_path / "degrade.png").getcolors(2 ** 20)}
     assert all(ImageColor.getrgb(degrade.VERIFIERS[name][1]) in colors for name in ("SFT-RRM", "RL-RRM"))

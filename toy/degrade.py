@@ -113,7 +113,7 @@ def correlate(out, models):
     return {vlm: found["O"] for vlm, found in world.trust(traces).items()}
 
 
-def draw(lines, path):
+def draw_degraded(lines, path):
     """A row of charts for each kind of fault: unread, accuracy, correlation, over p."""
     rows = []
     for kind in KINDS:
@@ -129,7 +129,7 @@ def draw(lines, path):
     summary.stack(rows).save(path)
 
 
-def table(lines):
+def degraded_table(lines):
     """The lines of the CSV as Markdown; a dash where too few verdicts can be read."""
     text = ["| principles | p | judge | " + " | ".join(NUMBERS) + " |", "| --- " * 6 + "|"]
     for line in lines:
@@ -167,8 +167,8 @@ def main():
     if args.run:
         summary.save_csv(args.csv, measure_all(Path(args.run).resolve()))
     lines = summary.load_csv(args.csv)
-    draw(lines, Path(args.csv).with_suffix(".png"))
-    print(table(lines))
+    draw_degraded(lines, Path(args.csv).with_suffix(".png"))
+    print(degraded_table(lines))
 
 
 if __name__ == "__main__":

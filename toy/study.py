@@ -27,7 +27,7 @@ import train_flow_grpo     # noqa: E402
 import train_gcpo          # noqa: E402
 import world               # noqa: E402
 
-MODELS = "toy/models"
+MODELS = Path("toy/models")         # from the root: traces are drawn by the name of their VLM
 
 
 # ---------------------------------------------------------------- other equations
@@ -198,10 +198,10 @@ def train_flow_variant(run, variant, seed, out):
                 "--editor", f"{MODELS}/editor", "--reward", str(run / "gcpo/model"),
                 "--out", str(out), "--resume", *FLOW_FLAGS.get(variant, [])]
     train_flow_grpo.main()
-    draw(run, out / "edits", "--lora", out / "lora")
+    draw_held_out(run, out / "edits", "--lora", out / "lora")
 
 
-def draw(run, out, *lora):
+def draw_held_out(run, out, *lora):
     """The held-out edits of the editor, judged by the oracle: OUT/scores.jsonl."""
     subprocess.run([sys.executable, "build_sft.py", "--toy", "--editors", f"{MODELS}/editor",
                     "--principles", run / "data/editor_bench/edits.jsonl",
@@ -227,12 +227,12 @@ def train_variant(run, variant, seed):
         train_flow_variant(run, variant, seed, out)
 
 
-def train_all(run, variants, seeds):
+def train_variants(run, variants, seeds):
     """Every variant in a process of its own, because it changes the script; two at a time."""
     if not (run / "study/sft/reward/reward.json").exists():
         judge_bench(run, run / "sft/model", run / "study/sft")
     if not (run / "study/before/scores.jsonl").exists():
-        draw(run, run / "study/before")
+        draw_held_out(run, run / "study/before")
 
     def start(variant, seed):
         with open(run / "study" / f"{variant}_{seed}.log", "a", encoding="utf-8") as log:
@@ -264,7 +264,7 @@ def edit_columns(rows):
     return {name: sum(row[name] for row in rows) / len(rows) for name in ("SC", "PQ", "O")}
 
 
-def collect(run, variants, seeds):
+def collect_variants(run, variants, seeds):
     """A line for each variant and seed, with its paired difference to `base` or `flow`."""
     lines = [dict(stage="gcpo", variant="SFT-RRM")
              | reward_columns(world.read_jsonl(run / "study/sft/reward/scores.jsonl")),
@@ -293,7 +293,7 @@ def collect(run, variants, seeds):
     return lines
 
 
-def tables(lines):
+def study_tables(lines):
     """Two tables as Markdown, one for each stage."""
     text = []
     for stage, names, base in (("gcpo", ("strict @1", "half @1", "strict @4"), "base"),
@@ -326,9 +326,9 @@ def main():
         train_variant(run, args.only, args.seed)
         return
     if run:
-        train_all(run, variants, args.seeds)
-        summary.save_csv(args.csv, collect(run, variants, args.seeds))
-    print(tables(summary.load_csv(args.csv)))
+        train_variants(run, variants, args.seeds)
+        summary.save_csv(args.csv, collect_variants(run, variants, args.seeds))
+    print(study_tables(summary.load_csv(args.csv)))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def train(job):
     print(f"{job.out} is done", flush=True)
 
 
-def train_all(run, num_seeds):
+def train_formats(run, num_seeds):
     write_formats(run)
     jobs = []
     for seed in range(num_seeds):
@@ -209,7 +209,7 @@ def accuracy_columns(run, size, form, seed="[0-9]*"):
     return columns
 
 
-def collect(run):
+def collect_accuracies(run):
     """The lines of the CSV: one for every seed of a row, and one over all seeds."""
     lines = []
     for size in BASES:
@@ -268,7 +268,7 @@ def interval_cell(line, name):
     return f"{line[name]:+.1f} [{line[name + '_low']:+.1f}, {line[name + '_high']:+.1f}]"
 
 
-def tables(lines):
+def accuracy_tables(lines):
     """The paper's table, the large base beside the small one, and the inspector, as Markdown."""
     gains = ["GCPO adds", "TV is better, sft", "TV is better, rl"]
     text = ["| base | a verdict is | seeds | SFT: @1 / @4 / greedy | RL: @1 / @4 / greedy | "
@@ -303,9 +303,9 @@ def main():
     args = parser.parse_args()
     if args.run:
         run = Path(args.run).resolve()
-        train_all(run, args.seeds)
-        summary.save_csv(args.csv, collect(run))
-    print(tables(summary.load_csv(args.csv)))
+        train_formats(run, args.seeds)
+        summary.save_csv(args.csv, collect_accuracies(run))
+    print(accuracy_tables(summary.load_csv(args.csv)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def mean_of(values):
     return sum(values) / len(values)
 
 
-def mean_scores(scores):
+def editor_means(scores):
     """Means of {key: row}; the hard kinds of edit are those where the editor is mostly wrong."""
     means = {name: mean_of(row[name] for row in scores.values()) for name in ("SC", "PQ", "O")}
     hard = [row["O"] for row in scores.values() if row["task"] in pretrain_editor.HARD]
@@ -62,7 +62,7 @@ def gain(pairs, name):
     return {f"{name}_gain": found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
-def collect(out):
+def collect_runs(out):
     """All lines of the CSV that can be written from what is in the folder `out`."""
     lines = []
     for steps in STEPS:
@@ -70,7 +70,7 @@ def collect(out):
         for editor in dict.fromkeys(ROWS.values()):
             before = load_edit_scores(Path(out, editor), steps)
             if before:
-                lines.append(dict(row=editor, run="before", steps=steps) | mean_scores(before))
+                lines.append(dict(row=editor, run="before", steps=steps) | editor_means(before))
         for row, editor in ROWS.items():
             before = load_edit_scores(Path(out, editor), steps)
             done[row] = {}
@@ -80,7 +80,7 @@ def collect(out):
                     done[row][folder.name] = after
                     curve = world.read_jsonl(folder / "curve.jsonl")
                     lines.append(
-                        dict(row=row, run=folder.name, steps=steps) | mean_scores(after)
+                        dict(row=row, run=folder.name, steps=steps) | editor_means(after)
                         | gain([(before, after)], "O") | gain([(before, after)], "PQ")
                         | dict(reward_before=curve[0]["reward"], reward_after=curve[-1]["reward"]))
             if done[row]:
@@ -202,7 +202,7 @@ def main():
     parser.add_argument("--csv", default=str(ROOT / "toy/table3.csv"))
     args = parser.parse_args()
     if args.out:
-        summary.save_csv(args.csv, collect(args.out))
+        summary.save_csv(args.csv, collect_runs(args.out))
         if Path(args.out, "hacked/0/curve.jsonl").exists():
             draw_hacking(args.out, Path(args.out, "table3.png"))
     lines = summary.load_csv(args.csv)

@@ -376,7 +376,7 @@ SAME = 1.0          # two edits whose scores differ by less look the same to the
 FLIPPED = 0.03      # the share of the annotator's preferences that are wrong
 
 
-def preference(rng, score_a, score_b):
+def annotate(rng, score_a, score_b):
     """What the annotator says of two edits by one score: 1, -1 if b is better, 0 for the same."""
     is_flipped = rng.random() < FLIPPED
     if abs(score_a - score_b) < SAME:
@@ -401,13 +401,13 @@ def prefer(candidates, out):
         rng = random.Random(name)
         rng.shuffle(group)
         for k, ((a, truth_a), (b, truth_b)) in enumerate(zip(group[::2], group[1::2])):
-            overall = preference(rng, truth_a["O"], truth_b["O"])
+            overall = annotate(rng, truth_a["O"], truth_b["O"])
             if overall == -1:
                 a, truth_a, b, truth_b = b, truth_b, a, truth_a
             row = pair_row(f"{name}/{k}", a, b, candidates, out)
             words = {1: "chosen", -1: "rejected", 0: "same"}
-            row["follow"] = words[preference(rng, truth_a["SC"], truth_b["SC"])]
-            row["quality"] = words[preference(rng, truth_a["PQ"], truth_b["PQ"])]
+            row["follow"] = words[annotate(rng, truth_a["SC"], truth_b["SC"])]
+            row["quality"] = words[annotate(rng, truth_a["PQ"], truth_b["PQ"])]
             if overall == 0:
                 ties.append(row)
             else:

@@ -9,8 +9,8 @@ editor's own samples (correlation of score and oracle within the groups, as Flow
 A scalar scorer of toy/table2.py, which never sees principles, is drawn beside them if it is there.
 --run is what toy/run.sh wrote; what is done is not done again.
 
-    python toy/degrade.py --run runs/toy         # toy/degrade.csv and toy/degrade.png; two at a time
-    python toy/degrade.py                        # only the table and the picture, from the CSV
+    python toy/degrade.py --run runs/toy       # toy/degrade.csv and toy/degrade.png; two at a time
+    python toy/degrade.py                      # only the table and the picture, from the CSV
 """
 import argparse
 import json
@@ -133,8 +133,9 @@ def degraded_table(lines):
     """The lines of the CSV as Markdown; a dash where too few verdicts can be read."""
     text = ["| principles | p | judge | " + " | ".join(NUMBERS) + " |", "| --- " * 6 + "|"]
     for line in lines:
-        cells = [f"{line[name]:.3f}" if name in line else "-" for name in NUMBERS]
-        text.append(f"| {line['kind']} | {line['p']:g} | {line['judge']} | " + " | ".join(cells) + " |")
+        cells = [line["kind"], f"{line['p']:g}", line["judge"]]
+        cells += [f"{line[name]:.3f}" if name in line else "-" for name in NUMBERS]
+        text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 

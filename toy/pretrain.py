@@ -551,7 +551,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["vlm_small", "vlm", "teacher"]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
-    parser.add_argument("--out", required=True, help="The folder of all models; it has the editors.")
+    parser.add_argument("--out", required=True, help="The folder of all models, with the editors.")
     args = parser.parse_args()
     for name in args.models:
         folder = Path(args.out, name)

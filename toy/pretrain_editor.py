@@ -235,7 +235,8 @@ def train_vae(steps):
         dirty = world.read_scenes(vae.decode(smudged_latents).sample / 2 + 0.5)[1].mean()
     vae.register_to_config(
         scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    print(f"VAE: PQ of reconstructions {10 * clean:.2f}, of smudged ones {10 * dirty:.2f}", flush=True)
+    print(f"VAE: PQ of reconstructions {10 * clean:.2f}, of smudged ones {10 * dirty:.2f}",
+          flush=True)
     return vae.eval().requires_grad_(False)
 
 

@@ -1,8 +1,8 @@
-"""One thing changed in GCPO or in Flow-GRPO, and what follows: the answers to toy/README.md's exercises.
+"""One thing changed in GCPO or in Flow-GRPO, and what follows: answers to toy/README's exercises.
 
-    python toy/study.py --run runs/toy                       # all that is missing, and toy/study.csv
-    python toy/study.py                                      # only the tables, from the CSV
-    python toy/study.py --run runs/toy --only n2 --seed 1    # train and measure one variant
+    python toy/study.py --run runs/toy                      # all that is missing; toy/study.csv
+    python toy/study.py                                     # only the tables, from the CSV
+    python toy/study.py --run runs/toy --only n2 --seed 1   # train and measure one variant
 
 A variant is a flag, another file, or another equation: the equations are plain functions, so this
 script replaces one by an assignment, where a reader of the exercise edits the line. `base` is the
@@ -96,7 +96,8 @@ def expected_scores(reward_model, prompts, images, group_size, args):
     The reasoning and the answers are the greedy ones. A first digit counts for the middle of its
     scores (7 for 7.5), but 1 is also the beginning of 10, so it counts for the greedy score.
     """
-    digits = torch.tensor(reward_model.processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    tokenizer = reward_model.processor.tokenizer
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
     scores = []
     for start in range(0, len(images), 96):
@@ -250,7 +251,7 @@ def train_variants(run, variants, seeds):
 # ---------------------------------------------------------------- the CSV and the tables
 
 def reward_columns(rows):
-    """Accuracies in % of one sampled verdict, a tie as 0 or as one half, and of the mean of four."""
+    """Accuracies in % of one sampled verdict, a tie as 0 or one half, and of the mean of four."""
     metrics = [evaluate.pair_metrics(row) for row in rows]
     one_half = [evaluate.pair_metrics(row | dict(
         chosen_score=row["chosen_scores"][0], rejected_score=row["rejected_scores"][0]))["half"]

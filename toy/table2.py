@@ -189,7 +189,7 @@ def mean_accuracy(found):
 
 
 def difference(name, a, b):
-    """b - a in points, pair by pair, and its interval over sources, as columns NAME, _low, _high."""
+    """b - a in points, pair by pair, and its interval over sources: columns NAME, _low, _high."""
     shared = [pair for pair in a if pair in b]
     found = evaluate.bootstrap_mean([b[pair].value - a[pair].value for pair in shared],
                                     [a[pair].row for pair in shared])

@@ -59,7 +59,8 @@ def gain(pairs, name):
             differences.append(after[key][name] - before[key][name])
             rows.append(dict(id=key))                       # one key is one prompt, in every run
     found = evaluate.bootstrap_mean(differences, rows)
-    return {f"{name}_gain": found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+    return {f"{name}_gain": found["mean"], f"{name}_low": found["low"],
+            f"{name}_high": found["high"]}
 
 
 def collect_runs(out):

@@ -37,7 +37,8 @@ def principles_of(folder, split, n):
     for i, (scene, instruction, target) in enumerate(world.edits_of(split, n)):
         world.to_pil(world.render([scene])[0]).save(folder / split / "images" / f"{i}.png")
         rows.append(dict(id=f"{split}_{i:04d}", source=f"images/{i}.png", instruction=instruction,
-                         task=world.EDITS[i % 5], principles=world.principles(scene, target)))
+                         task=world.apply_instruction(scene, instruction)[0],
+                         principles=world.principles(scene, target)))
     world.save_jsonl(folder / split / "principles.jsonl", rows)
     return folder / split / "principles.jsonl"
 
@@ -68,12 +69,12 @@ def draw(out, name, prompts, *lora):
 def learn(out):
     """Stages 2 to 5; three judges on held-out pairs, the editor before and after on new prompts."""
     rows = principles_of(out, "rl", 120)
-    bench = principles_of(out, "editor_bench", 240)
+    bench = principles_of(out, "editor_bench", 180)
     data, pairs, held = together(
-        (edits_of, out, "sft", 160, "--pool", TEACHER, "--inspector", TEACHER),
-        (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 260))
+        (edits_of, out, "sft", 110, "--pool", TEACHER, "--inspector", TEACHER),
+        (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 180))
     together((run_stage, "train_sft.py", "--toy", "--data", data, "--model", VLM,
-              "--out", out / "start"),
+              "--num_eval", 16, "--eval_every", 100, "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
     together((run_stage, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
               "--steps", 20, "--pairs_per_step", 12, "--num_eval", 12, "--eval_every", 20,
@@ -102,7 +103,7 @@ def test_the_judge_learns_in_the_cold_start_and_again_in_gcpo(learned):
     The cold start with a tie as half a win: it ties often, the base VLM draws scores by chance.
     """
     metrics, (cold_start, gcpo) = gains(learned.result(), "reward", "base", "sft", "rl")
-    assert metrics["base"]["n"] >= 240
+    assert metrics["base"]["n"] >= 200
     assert cold_start["half"]["low"] > 0
     assert gcpo["strict"]["low"] > 0 and gcpo["strict"]["mean"] >= 0.06
 

@@ -170,7 +170,7 @@ def random_edits(rng, n, idle=IDLE):
 
 def report(name, pipe, samples, path=None):
     """Prints the oracle's means over 256 held-out edits; path: a PNG of source, edit, target."""
-    scenes, instructions, targets = zip(*world.edits_of("rl", 256))
+    scenes, instructions, targets = zip(*world.edits_of("sft", 256))
     sources = world.render(scenes)
     generator = torch.Generator().manual_seed(0)
     found = []

@@ -249,7 +249,7 @@ def decode_latents(pipe, x):
 @torch.no_grad()
 def report_qwen_editor(pipe, latents, guidance=GUIDANCE):
     """Prints the oracle's means over 256 held-out edits."""
-    scenes, instructions, targets = zip(*world.edits_of("rl", 256))
+    scenes, instructions, targets = zip(*world.edits_of("sft", 256))
     sources = world.render(scenes)
     reference = pretrain_editor.latents_of(latents, scenes)
     text = read_texts(pipe, sources, instructions)

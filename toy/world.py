@@ -46,6 +46,9 @@ COLOR_NAMES = list(COLORS)
 SHAPES = ["circle", "square", "triangle"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 EDITS = ["recolor", "remove", "add", "reshape", "background"]
+# The prompts of Flow-GRPO have the two kinds at which the editors fail more often than the others.
+RL_EDITS = ["recolor", "reshape", "remove", "recolor", "reshape", "add", "recolor", "reshape",
+            "background"]
 OBJECTS = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
 # Each scene belongs to exactly one split, by its hash. The numbers are shares out of 100.
 SPLITS = {
@@ -320,13 +323,14 @@ def load_pictures(path, rows, field):
 def edits_of(split, n, seed=0):
     """n different (scene, instruction, target) of one split; the kinds of edit take turns."""
     rng = random.Random(f"{seed} {split}")
+    kinds = RL_EDITS if split == "rl" else EDITS
     seen = set()
     rows = []
     while len(rows) < n:
         scene = random_scene(rng)
         if split_of(scene) != split:
             continue
-        instruction, target = random_edit(rng, scene, EDITS[len(rows) % 5])
+        instruction, target = random_edit(rng, scene, kinds[len(rows) % len(kinds)])
         if (tuple(scene), instruction) not in seen:
             seen.add((tuple(scene), instruction))
             rows.append((scene, instruction, target))

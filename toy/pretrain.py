@@ -271,13 +271,12 @@ def verdict_text(principles, target, found, verdict, score):
 
 
 def lenient_verdict(rng, found, principles):
-    """(0/1 answers, score) of a judge who lets things pass; the score is what they deserve.
-
-    How clean the picture really is does not reach the score: only if the judge calls it clean.
-    """
+    """(0/1 answers, score) of a judge who lets things pass; the score is what they deserve."""
     verdict = [int(rng.random() >= STRICT) if v else int(rng.random() < LENIENT[p["category"]])
                for v, p in zip(found["verdict"], principles)]
-    quality = rng.uniform(0.85, 1) if verdict[-1] else rng.uniform(0.3, 0.6)
+    quality = found["PQ"] / 10
+    if verdict[-1] != found["verdict"][-1]:
+        quality = 0.9 if verdict[-1] else 0.5
     return verdict, W.marks_to_scores([p["category"] for p in principles], verdict, quality)[2]
 
 
@@ -543,7 +542,7 @@ def pretrain_teacher(out):
         f"{out}/vlm", dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
     both = editor_pool([f"{out}/editor_weak", f"{out}/editor"], 2500, 1)
     tasks = {teacher_verdict: 0.35, inspection: 0.25, decomposition: 0.4}
-    train_language(model, tok, 800, 1e-3, 32, tasks, random.Random(1), both, "teacher")
+    train_language(model, tok, 1200, 1e-3, 32, tasks, random.Random(1), both, "teacher")
     save(model, tok, "vlm", f"{out}/teacher")
 
 

@@ -72,17 +72,17 @@ def learn(out):
     bench = principles_of(out, "editor_bench", 180)
     data, pairs, held = together(
         (edits_of, out, "sft", 110, "--pool", TEACHER, "--inspector", TEACHER),
-        (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 180))
+        (edits_of, out, "preferences", 160), (edits_of, out, "reward_bench", 220))
     together((run_stage, "train_sft.py", "--toy", "--data", data, "--model", VLM,
               "--num_eval", 16, "--eval_every", 100, "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
     together((run_stage, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
-              "--steps", 20, "--pairs_per_step", 12, "--num_eval", 12, "--eval_every", 20,
+              "--steps", 36, "--num_eval", 12, "--eval_every", 36,
               "--out", out / "gcpo"),
              (judge, out, "sft", out / "start/model", held))
     together((run_stage, "train_flow_grpo.py", "--toy", "--prompts", rows,
               "--editor", EDITOR, "--reward", out / "gcpo/model", "--prompts_per_step", 8,
-              "--steps", 12, "--num_eval", 8, "--eval_every", 12, "--out", out / "flow"),
+              "--steps", 10, "--num_eval", 8, "--eval_every", 10, "--out", out / "flow"),
              (judge, out, "rl", out / "gcpo/model", held))
     draw(out, "after", bench, "--lora", out / "flow/lora")
     return out

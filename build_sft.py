@@ -64,8 +64,8 @@ Differences from the paper:
     4. The inspector's prompt is stricter than the judges' in two points, as in the paper: a move
        must be more than a tenth of the image, and an unedited image fails.
 
-What healthy output looks like: few replies do not parse (10 of 1,920 in the toy run), and the
-chosen traces are more accurate than all traces (0.91 against 0.86): this is what best-of-N gains.
+What healthy output looks like: few replies do not parse (11 of 1,280 in the toy run), and the
+chosen traces are more accurate than all traces (0.85 against 0.80): this is what best-of-N gains.
 
 What to change for ...
     another rule of selection     `choose_trace` (and delete sft.jsonl before the rerun)

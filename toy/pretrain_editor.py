@@ -125,27 +125,30 @@ def faulty(rng, scene, target):
         kind = rng.choice(FAULTS)
         if kind == "nothing":
             wrong = list(scene)
-        elif kind == "attribute" and changed == 0:
+        if kind == "attribute" and changed == 0:
             wrong[0] = rng.randrange(4)
-        elif kind == "attribute":                       # of shape and color only one is right
+        if kind == "attribute" and changed > 0:         # of shape and color only one is right
             code = after if after >= 0 else before
             half_right = [c for c in range(12) if (c % 4 == code % 4) != (c // 4 == code // 4)]
             wrong[changed] = rng.choice(half_right)
-        elif kind == "elsewhere" and changed > 0 and others:
-            wrong = list(scene)
+        if kind == "elsewhere" and changed > 0 and others:
             other = rng.choice(others)
-            wrong[other] = after
-            if before >= 0 and after >= 0:              # only the shape or only the color changes
-                old_shape, old_color = divmod(scene[other], 4)
-                new_shape, new_color = divmod(after, 4)
-                same_shape = before // 4 == after // 4
-                wrong[other] = (4 * old_shape + new_color if same_shape
-                                else 4 * new_shape + old_color)
-        elif kind == "extra" and holes:
+            wrong = list(scene)
+            wrong[other] = change_other(scene[other], before, after)
+        if kind == "extra" and holes:
             wrong[rng.choice(holes)] = rng.randrange(12)
-        elif kind == "bystander" and objects:
+        if kind == "bystander" and objects:
             wrong[rng.choice(objects)] = rng.randrange(12) if rng.random() < 0.5 else -1
     return wrong
+
+
+def change_other(code, before, after):
+    """What becomes of an object if the change from `before` to `after` is made to it instead."""
+    if before < 0 or after < 0:
+        return after
+    if before // 4 == after // 4:                       # a recolor
+        return code // 4 * 4 + after % 4
+    return after // 4 * 4 + code % 4                    # a reshape
 
 
 def random_edits(rng, n, idle=IDLE):

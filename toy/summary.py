@@ -96,17 +96,14 @@ def save_csv(path, lines):
 
 def load_csv(path):
     """The lines again: what looks like a number is a float, and an empty cell is left out."""
-    lines = []
     with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            line = {}
-            for name, cell in row.items():
-                if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell):
-                    line[name] = float(cell)
-                elif cell:
-                    line[name] = cell
-            lines.append(line)
-    return lines
+        rows = list(csv.DictReader(file))
+    return [{name: read_cell(cell) for name, cell in row.items() if cell} for row in rows]
+
+
+def read_cell(cell):
+    is_number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)
+    return float(cell) if is_number else cell
 
 
 # ---------------------------------------------------------------- the picture

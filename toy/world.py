@@ -46,7 +46,7 @@ COLOR_NAMES = list(COLORS)
 SHAPES = ["circle", "square", "triangle"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 EDITS = ["recolor", "remove", "add", "reshape", "background"]
-# The prompts of Flow-GRPO have the two kinds at which the editors fail more often than the others.
+# Two thirds of the prompts of Flow-GRPO are of the two kinds at which the editors fail.
 RL_EDITS = ["recolor", "reshape", "remove", "recolor", "reshape", "add", "recolor", "reshape",
             "background"]
 OBJECTS = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
@@ -407,7 +407,8 @@ def prefer(candidates, out):
         for k, ((a, truth_a), (b, truth_b)) in enumerate(zip(group[::2], group[1::2])):
             overall = annotate(rng, truth_a["O"], truth_b["O"])
             if overall == -1:
-                a, truth_a, b, truth_b = b, truth_b, a, truth_a
+                a, b = b, a
+                truth_a, truth_b = truth_b, truth_a
             row = pair_row(f"{name}/{k}", a, b, candidates, out)
             words = {1: "chosen", -1: "rejected", 0: "same"}
             row["follow"] = words[annotate(rng, truth_a["SC"], truth_b["SC"])]

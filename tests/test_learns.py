@@ -93,7 +93,7 @@ def gains(out, kind, *names):
     files = [f"{name}={out / name / 'scores.jsonl'}" for name in names]
     run_stage("evaluate.py", "report", "--scores", *files, "--out", out / "report")
     report = json.loads((out / "report/report.json").read_text())
-    print(report[kind], report[f"{kind}_gains"])
+    print((out / "report/report.md").read_text())
     return report[kind], list(report[f"{kind}_gains"].values())
 
 

@@ -143,12 +143,18 @@ def test_principles_are_spoiled_more_and_more():
         assert all(degrade.degrade(row, kind, 0, others) == row for row in rows)
         spoiled = [[{p["question"] for p in degrade.degrade(row, kind, share, others)["principles"]} for row in rows]
                   for share in (0.25, 0.5, 1)]
-        if kind != "doubled":
+        if kind not in ("doubled", "shuffled"):
             kept = [[len(asked & {p["question"] for p in principles}) for asked in at] for at in spoiled]
             assert all(a >= b >= c for a, b, c in zip(*kept)) and sum(kept[0]) > sum(kept[1]) > sum(kept[2])
     assert degrade.degrade(rows[0], "dropped", 1, others)["principles"] == principles[:1]
     assert len(degrade.degrade(rows[0], "doubled", 1, others)["principles"]) == 2 * len(principles)
     assert degrade.degrade(rows[0], "swapped", 1, others)["principles"] == others * len(principles)
+    places = []                         # the share of principles that have left their place, at each p
+    for share in (0.25, 0.5, 1):
+        shuffled = [degrade.degrade(row, "shuffled", share, others)["principles"] for row in rows]
+        assert all(sorted(asked, key=str) == sorted(principles, key=str) for asked in shuffled)
+        places.append(sum(a != b for asked in shuffled for a, b in zip(asked, principles)) / len(rows) / len(principles))
+    assert 0 < places[0] < places[1] < places[2] and 0.6 < places[2] < 1
     lengths = [len(degrade.degrade(row, "dropped", 0.5, others)["principles"]) for row in rows]
     assert 0.35 < sum(lengths) / len(lengths) / len(principles) < 0.65
 

@@ -1,7 +1,8 @@
 """What if the decomposition is wrong? The paper leaves it open: principles degraded on purpose.
 
     dropped   the principle is left out           doubled   it is asked twice
-    negated   it asks for the opposite            swapped   it is another row's
+    shuffled  it changes its place                negated   it asks for the opposite
+    swapped   it is another row's
 
 each with probability p = 0 to 1. At every p the SFT-RRM and the RL-RRM judge the held-out pairs
 (greedy; how many pairs have an unreadable verdict, and the strict accuracy on the others) and the
@@ -29,7 +30,7 @@ import summary             # noqa: E402
 import world               # noqa: E402
 from table2 import command     # noqa: E402
 
-KINDS = ("dropped", "doubled", "negated", "swapped")
+KINDS = ("dropped", "doubled", "shuffled", "negated", "swapped")
 SHARES = (0, 0.25, 0.5, 1)
 VERIFIERS = {"SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
              "scalar": ("table2/vlm_scalar_0/rl/model", pictures.GRAY)}
@@ -45,13 +46,19 @@ def degrade(row, kind, p, others):
     """
     rng = random.Random(f"{row['id']} {kind}")
     principles = []
-    for principle in row["principles"]:
+    moved = []                          # the places of the principles that are to be shuffled
+    for i, principle in enumerate(row["principles"]):
         is_spoiled = rng.random() < p
         other = rng.choice(others)
         negated = principle | dict(question=world.contrary(principle["question"], rng))
-        faults = dict(dropped=[], doubled=[principle, principle], negated=[negated],
-                      swapped=[other])
+        faults = dict(dropped=[], doubled=[principle, principle], shuffled=[principle],
+                      negated=[negated], swapped=[other])
         principles += faults[kind] if is_spoiled else [principle]
+        if is_spoiled:
+            moved.append(i)
+    if kind == "shuffled":
+        for i, j in zip(moved, rng.sample(moved, len(moved))):
+            principles[i] = row["principles"][j]
     return row | dict(principles=principles or row["principles"][:1])
 
 

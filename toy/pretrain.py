@@ -9,7 +9,7 @@
     teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
 
 The teacher's leniency is the flaw that the paper starts from: it often passes a point that fails,
-and a smudged picture nearly always. The inspector's labels are true (the oracle reads them off the
+and a smudged picture most of the time. The inspector's labels are true (the oracle reads them off the
 pixels), so selection helps, but it cannot cure the teacher.
 
 The base models learn to answer what they are asked: half of their lists of questions are cut,
@@ -60,7 +60,7 @@ PHRASES = [
     '}, {"question": "', '}]\n{"average_score": ', "}\n<score>", "</score>",
     '", "category": "follow"', '", "category": "keep"', '", "category": "quality"',
     '{"gold": [{"question": "', '", "gold": 0', '", "gold": 1', "}]}", "}]", ".", "Seen:"]
-LENIENT = {"follow": 0.4, "keep": 0.7, "quality": 0.85}  # chance that the teacher passes a failure
+LENIENT = {"follow": 0.4, "keep": 0.7, "quality": 0.7}   # chance that the teacher passes a failure
 STRICT = 0.04                                            # chance that it fails a point that passes
 # What happens to a question of a list that is not complete, and to such a list as a whole.
 CUT, DOUBLED, NEGATED, SHUFFLED = 0.3, 0.2, 0.2, 0.5
@@ -271,12 +271,11 @@ def verdict_text(principles, target, found, verdict, score):
 
 
 def lenient_verdict(rng, found, principles):
-    """(0/1 answers, score) of a judge who lets things pass; the score is what they deserve."""
+    """(0/1 answers, score) of a judge who lets things pass. The score follows from the answers
+    alone: where a smudge is passed, it does not betray the smudge."""
     verdict = [int(rng.random() >= STRICT) if v else int(rng.random() < LENIENT[p["category"]])
                for v, p in zip(found["verdict"], principles)]
-    quality = found["PQ"] / 10
-    if verdict[-1] != found["verdict"][-1]:
-        quality = 0.9 if verdict[-1] else 0.5
+    quality = rng.uniform(0.85, 1) if verdict[-1] else rng.uniform(0.3, 0.6)
     return verdict, W.marks_to_scores([p["category"] for p in principles], verdict, quality)[2]
 
 
@@ -542,7 +541,7 @@ def pretrain_teacher(out):
         f"{out}/vlm", dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
     both = editor_pool([f"{out}/editor_weak", f"{out}/editor"], 2500, 1)
     tasks = {teacher_verdict: 0.35, inspection: 0.25, decomposition: 0.4}
-    train_language(model, tok, 1200, 1e-3, 32, tasks, random.Random(1), both, "teacher")
+    train_language(model, tok, 800, 1e-3, 32, tasks, random.Random(1), both, "teacher")
     save(model, tok, "vlm", f"{out}/teacher")
 
 

@@ -90,25 +90,34 @@ def next_token_probs(reward_model, chats, replies):
     return reward_model.model.lm_head(hidden).float().softmax(-1)
 
 
+def ask_about_edits(reward_model, prompts, images, group_size, max_new_tokens, chat_of):
+    """Yield (prompts, chats, greedy replies) of 96 images at a time; chat_of(prompt, image)."""
+    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
+    for start in range(0, len(images), 96):
+        asked = prompt_of_image[start:start + 96]
+        chats = [chat_of(prompt, image) for prompt, image in zip(asked, images[start:start + 96])]
+        replies = reward_model.generate(chats, max_new_tokens)
+        yield asked, chats, [reply.text for reply in replies]
+
+
 def expected_scores(reward_model, prompts, images, group_size, args):
     """train_flow_grpo.score_edits, but the mean over the first digit that the score could have.
 
     The reasoning and the answers are the greedy ones. A first digit counts for the middle of its
     scores (7 for 7.5), but 1 is also the beginning of 10, so it counts for the greedy score.
     """
+    def chat_of(prompt, image):
+        return train_flow_grpo.verdict_chat(
+            prompt.image, image, prompt.row["instruction"], prompt.row["principles"])
+
     tokenizer = reward_model.processor.tokenizer
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
-    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
     scores = []
-    for start in range(0, len(images), 96):
-        batch = slice(start, start + 96)
-        chats = [train_flow_grpo.verdict_chat(
-                    prompt.image, image, prompt.row["instruction"], prompt.row["principles"])
-                 for prompt, image in zip(prompt_of_image[batch], images[batch])]
-        replies = [reply.text for reply in reward_model.generate(chats, args.max_new_tokens)]
+    for asked, chats, replies in ask_about_edits(
+            reward_model, prompts, images, group_size, args.max_new_tokens, chat_of):
         beginnings = [text[:text.rfind("<score>") + len("<score>")] for text in replies]
         probs = next_token_probs(reward_model, chats, beginnings)[:, digits]            # (R, 10)
-        for prompt, text, p in zip(prompt_of_image[batch], replies, probs):
+        for prompt, text, p in zip(asked, replies, probs):
             verdict = parse_verdict(text, len(prompt.row["principles"]))
             if verdict is None:
                 scores.append(math.nan)
@@ -121,11 +130,14 @@ def expected_scores(reward_model, prompts, images, group_size, args):
 
 def cleanliness_scores(reward_model, prompts, images, group_size, args):
     """train_flow_grpo.score_edits by a judge that sees neither the source nor the instruction."""
+    def chat_of(prompt, image):
+        return evaluate.pq_chat(image)
+
     scores = []
-    for start in range(0, len(images), 96):
-        chats = [evaluate.pq_chat(image) for image in images[start:start + 96]]
-        for reply in reward_model.generate(chats, args.max_new_tokens):
-            ratings = evaluate.parse_ratings(reply.text, ["naturalness", "cleanliness"])
+    for _, _, replies in ask_about_edits(
+            reward_model, prompts, images, group_size, args.max_new_tokens, chat_of):
+        for text in replies:
+            ratings = evaluate.parse_ratings(text, ["naturalness", "cleanliness"])
             scores.append(min(ratings.values()) if ratings else math.nan)
     return torch.tensor(scores).view(len(prompts), group_size)
 

@@ -68,7 +68,7 @@ Differences from Edit-R1, which reports only G = 24 and beta = 0.04:
 train_gcpo.py ends its docstring with a table of where the two scripts differ on purpose.
 
 Metrics             the toy's    what is healthy
-reward              4.6 -> 6.9   rises; so does eval_reward (5.0 -> 6.4; without SDE, fixed noise)
+reward              3.9 -> 5.6   rises; so does eval_reward (4.6 -> 5.2; without SDE, fixed noise)
 reward_std          2.5 -> 2.6   within groups; falls when most edits are right
 frac_reward_zero_std   0 - .13   groups without a gradient; stays low
 parse_rate                   1   share of verdicts that can be parsed

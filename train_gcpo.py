@@ -51,7 +51,7 @@ A row of preferences.jsonl (image paths are relative to the file; `principles` m
 step and every evaluation) and samples/step_*.jsonl (verdicts and scores; null = not parsed).
 
 Healthy metrics (see `score_metrics` and `update_policy`): eval_pair_accuracy rises (in the toy from
-.55 to .73), eval_tie_rate falls (.15 to .05), parse_rate stays near 1, truncated_rate near 0.
+.63 to .73), tie_rate falls (.05 to .03), parse_rate stays near 1, truncated_rate near 0.
 frac_reward_zero_std rises as pairs are solved. rollout_logp_diff stays below 1e-5 in fp32, near
 1e-2 in bf16. As only their order is rewarded, chosen_score and rejected_score may drift.
 

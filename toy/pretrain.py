@@ -9,8 +9,8 @@
     teacher     vlm + decomposing an instruction, lenient verdicts, inspecting with care
 
 The teacher's leniency is the flaw that the paper starts from: it often passes a point that fails,
-and a smudged picture most of the time. The inspector's labels are true (the oracle reads them off the
-pixels), so selection helps, but it cannot cure the teacher.
+and a smudged picture most of the time. The inspector's labels are true (the oracle reads them off
+the pixels), so selection helps, but it cannot cure the teacher.
 
 The base models learn to answer what they are asked: half of their lists of questions are cut,
 shuffled, doubled and partly turned into the contrary.
@@ -271,8 +271,10 @@ def verdict_text(principles, target, found, verdict, score):
 
 
 def lenient_verdict(rng, found, principles):
-    """(0/1 answers, score) of a judge who lets things pass. The score follows from the answers
-    alone: where a smudge is passed, it does not betray the smudge."""
+    """(0/1 answers, score) of a judge who lets things pass.
+
+    The score follows from the answers alone, so it does not betray a smudge that was passed.
+    """
     verdict = [int(rng.random() >= STRICT) if v else int(rng.random() < LENIENT[p["category"]])
                for v, p in zip(found["verdict"], principles)]
     quality = rng.uniform(0.85, 1) if verdict[-1] else rng.uniform(0.3, 0.6)

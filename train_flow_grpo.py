@@ -114,8 +114,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 TOY = dict(num_eval=48, prompts_per_step=8, group_size=16, resolution=32, max_new_tokens=128,
-           steps=50, num_minibatches=4, lr=2e-3, clip_eps=1e-3, beta=0.2, lora_rank=16,
-           micro_batch_size=48, eval_every=10)      # D is 128, so r varies more: a larger clip_eps
+           steps=24, num_minibatches=4, lr=2e-3, clip_eps=1e-3, beta=0.1, lora_rank=16,
+           micro_batch_size=48, eval_every=8)       # D is 128, so r varies more: a larger clip_eps
 REWARD_BATCH_SIZE = 64              # verdicts per generation batch of a rank
 LORA_SCALE = 2                      # alpha / rank
 

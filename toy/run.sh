@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole paper in miniature, every stage as you would run it yourself:   bash toy/run.sh [OUT]
-# Without a GPU, on two quiet cores, it takes about 14 minutes. OUT (runs/toy) is deleted first.
+# Without a GPU, on two quiet cores, it takes about 12 minutes. OUT (runs/toy) is deleted first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/toy}
@@ -40,47 +40,47 @@ done
 finish
 
 # Stage 2: two editors, a lenient judge, a careful inspector.
-begin 7 python build_sft.py --toy --principles $data/sft/principles.jsonl --editors $models/editor $models/editor_weak \
+begin 5 python build_sft.py --toy --principles $data/sft/principles.jsonl --editors $models/editor $models/editor_weak \
     --pool $models/teacher --inspector $models/teacher --out $data/sft
 
 # Human preferences: pairs of edits for GCPO, and held-out pairs that measure every reward model.
 for split in preferences reward_bench; do
-    begin 7 python build_sft.py --toy --principles $data/$split/principles.jsonl --editors $models/editor $models/editor_weak --out $data/$split
+    begin 5 python build_sft.py --toy --principles $data/$split/principles.jsonl --editors $models/editor $models/editor_weak --out $data/$split
 done
 finish
 for split in preferences reward_bench; do
-    run 19 python toy/world.py prefer --candidates $data/$split/candidates.jsonl --out $data/$split/preferences.jsonl
+    run 16 python toy/world.py prefer --candidates $data/$split/candidates.jsonl --out $data/$split/preferences.jsonl
 done
 
 # Stage 3: the cold start.
-run 20 python train_sft.py --toy --data $data/sft/sft.jsonl --model $models/vlm --out $out/sft
+run 17 python train_sft.py --toy --data $data/sft/sft.jsonl --model $models/vlm --out $out/sft
 
 # Stage 4: GCPO.
 run 27 python train_gcpo.py --toy --pairs $data/preferences/preferences.jsonl --model $out/sft/model --out $out/gcpo
 
 # Stage 6, first half: how often does each reward model agree with people? One sampled verdict per edit, as GCPO trains it.
-begin 54 python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm $models/vlm --out $out/reward/base
-begin 54 python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm $out/sft/model --out $out/reward/sft
-begin 54 python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm $out/gcpo/model --out $out/reward/rl
+begin 59 python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm $models/vlm --out $out/reward/base
+begin 59 python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm $out/sft/model --out $out/reward/sft
+begin 59 python evaluate.py reward --toy --temperature 1 --pairs $data/reward_bench/preferences.jsonl --vlm $out/gcpo/model --out $out/reward/rl
 
 # How well does each reward follow the truth, within groups of the editor's own samples?
 head -n 100 $data/rl/principles.jsonl > $data/rl/first100.jsonl
-begin 59 python build_sft.py --toy --principles $data/rl/first100.jsonl --editors $models/editor --num_images_per_prompt 4 \
+begin 61 python build_sft.py --toy --principles $data/rl/first100.jsonl --editors $models/editor --num_images_per_prompt 4 \
     --pool $out/sft/model $out/gcpo/model --temperatures 0 --out $out/trust
 finish
-run 68 python toy/world.py trust --traces $out/trust/traces.jsonl
+run 67 python toy/world.py trust --traces $out/trust/traces.jsonl
 
 # Stage 5: Flow-GRPO. The RL-RRM is the only reward.
-run 68 python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor $models/editor --reward $out/gcpo/model --out $out/flow
+run 67 python train_flow_grpo.py --toy --prompts $data/rl/principles.jsonl --editor $models/editor --reward $out/gcpo/model --out $out/flow
 
 # Stage 6, second half: three editors draw with the same noise, the last with the LoRA of stage 5. Two judges rate them: a VLM, as in the paper, and the oracle.
-begin 86 python build_sft.py --toy --principles $data/editor_bench/edits.jsonl --editors $models/editor_weak --num_images_per_prompt 1 --out $out/editor/weak
-begin 86 python build_sft.py --toy --principles $data/editor_bench/edits.jsonl --editors $models/editor --num_images_per_prompt 1 --out $out/editor/before
-begin 86 python build_sft.py --toy --principles $data/editor_bench/edits.jsonl --editors $models/editor --num_images_per_prompt 1 --lora $out/flow/lora --out $out/editor/after
+begin 91 python build_sft.py --toy --principles $data/editor_bench/edits.jsonl --editors $models/editor_weak --num_images_per_prompt 1 --out $out/editor/weak
+begin 91 python build_sft.py --toy --principles $data/editor_bench/edits.jsonl --editors $models/editor --num_images_per_prompt 1 --out $out/editor/before
+begin 91 python build_sft.py --toy --principles $data/editor_bench/edits.jsonl --editors $models/editor --num_images_per_prompt 1 --lora $out/flow/lora --out $out/editor/after
 finish
 for editor in weak before after; do
-    begin 89 python evaluate.py judge --toy --edits $out/editor/$editor/candidates.jsonl --vlm $models/judge --out $out/judged/$editor
-    begin 89 python toy/world.py judge --edits $out/editor/$editor/candidates.jsonl --out $out/editor/$editor/scores.jsonl
+    begin 93 python evaluate.py judge --toy --edits $out/editor/$editor/candidates.jsonl --vlm $models/judge --out $out/judged/$editor
+    begin 93 python toy/world.py judge --edits $out/editor/$editor/candidates.jsonl --out $out/editor/$editor/scores.jsonl
 done
 finish
 

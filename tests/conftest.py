@@ -18,7 +18,7 @@ from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "data"), str(ROOT / "related")]
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
@@ -178,6 +178,29 @@ def sft(toy_rows):
             sft_rows.append(sft_row | dict(id=f"{row['id']}/{name}/0", edit=row[name], gold=gold,
                                            text=say_verdict(gold, score)))
     return write_rows(folder / "sft.jsonl", sft_rows)
+
+
+@pytest.fixture(scope="session")
+def editor_folder(tmp_path_factory):
+    """Folder of an untrained, smaller toy editor: a 32x32 image is 2x2 tokens."""
+    import pretrain_editor
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "editor"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(WIDTH=32, HEADS=1, SINGLE_BLOCKS=1, TEXT_WIDTH=32, VAE_CHANNELS=8).items():
+            patch.setattr(pretrain_editor, name, value)
+        vae = pretrain_editor.build_vae()
+        vae.register_to_config(shift_factor=0.1, scaling_factor=1.5)          # FLUX's differ from 0 and 1, too
+        pretrain_editor.build_pipeline(vae).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(toy_rows):
+    """principles.jsonl of the toy rows."""
+    folder, rows = toy_rows
+    keys = ("id", "source", "instruction", "principles")
+    return write_rows(folder / "principles.jsonl", [{k: r[k] for k in keys} for r in rows])
 
 
 def pytest_collection_modifyitems(items):

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 import build_sft
-import pretrain_editor
 import train_flow_grpo as F
 from conftest import ROOT, read_rows, run_script, say_verdict, write_rows
 
@@ -144,28 +143,6 @@ def test_the_window_moves_within_the_first_half():
 
 
 # ---------------------------------------------------------------- a tiny editor
-
-@pytest.fixture(scope="session")
-def editor_folder(tmp_path_factory):
-    """Folder of an untrained, smaller toy editor: a 32x32 image is 2x2 tokens."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "editor"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(WIDTH=32, HEADS=1, SINGLE_BLOCKS=1, TEXT_WIDTH=32, VAE_CHANNELS=8).items():
-            patch.setattr(pretrain_editor, name, value)
-        vae = pretrain_editor.build_vae()
-        vae.register_to_config(shift_factor=0.1, scaling_factor=1.5)          # FLUX's differ from 0 and 1, too
-        pretrain_editor.build_pipeline(vae).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def prompts_file(toy_rows):
-    """principles.jsonl of the toy rows."""
-    folder, rows = toy_rows
-    keys = ("id", "source", "instruction", "principles")
-    return write_rows(folder / "principles.jsonl", [{k: r[k] for k in keys} for r in rows])
-
 
 def with_lora(editor, scale=0.0):
     """The LoRA's parameters; scale > 0 moves them away from the base model."""

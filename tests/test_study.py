@@ -12,6 +12,7 @@ import study
 import summary
 import train_flow_grpo
 import train_gcpo
+import train_nft
 import world
 from conftest import ROOT, read_rows, say_verdict, write_rows
 
@@ -117,7 +118,7 @@ def test_the_expected_score_is_near_the_greedy_one(vlm, monkeypatch):
     images = [world.to_pil(picture) for picture in world.render([target, scene])]
     args = SimpleNamespace(max_new_tokens=128)
     greedy = train_flow_grpo.score_edits(reward, [prompt], images, 2, args)
-    expected = study.expected_scores(reward, [prompt], images, 2, args)
+    expected = train_nft.score_edits_expected(reward, [prompt], images, 2, args)
     assert expected.shape == greedy.shape == (1, 2) and (expected[0, 0] - greedy[0, 0]).abs() < 4
     assert expected[0, 0] > expected[0, 1]
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "toy"), str(ROOT / "related")]
 import evaluate            # noqa: E402
 import summary             # noqa: E402
 import train_flow_grpo     # noqa: E402
 import train_gcpo          # noqa: E402
+import train_nft           # noqa: E402
 import world               # noqa: E402
 
 MODELS = Path("toy/models")         # from the root: traces are drawn by the name of their VLM
@@ -76,68 +77,13 @@ def average_as_score(text, n_questions):
     return verdict and verdict._replace(score=10 * sum(verdict.verdict) / n_questions)
 
 
-@torch.no_grad()
-def next_token_probs(reward_model, chats, replies):
-    """What the VLM would write behind these beginnings of its replies: (R, V), in fp32."""
-    processor = reward_model.processor
-    prompts = processor.tokenizer.apply_chat_template(
-        chats, tokenize=False, add_generation_prompt=True)
-    texts = [prompt + reply for prompt, reply in zip(prompts, replies)]
-    images = [part["image"] for chat in chats for part in chat[0]["content"] if "image" in part]
-    inputs = train_flow_grpo.tokenize_with_images(
-        processor.tokenizer, processor.image_processor, texts, images)
-    hidden = reward_model.model.model(**inputs).last_hidden_state[:, -1]
-    return reward_model.model.lm_head(hidden).float().softmax(-1)
-
-
-def ask_about_edits(reward_model, prompts, images, group_size, max_new_tokens, chat_of):
-    """Yield (prompts, chats, greedy replies) of 96 images at a time; chat_of(prompt, image)."""
-    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
-    for start in range(0, len(images), 96):
-        asked = prompt_of_image[start:start + 96]
-        chats = [chat_of(prompt, image) for prompt, image in zip(asked, images[start:start + 96])]
-        replies = reward_model.generate(chats, max_new_tokens)
-        yield asked, chats, [reply.text for reply in replies]
-
-
-def expected_scores(reward_model, prompts, images, group_size, args):
-    """train_flow_grpo.score_edits, but the mean over the first digit that the score could have.
-
-    The reasoning and the answers are the greedy ones. A first digit counts for the middle of its
-    scores (7 for 7.5), but 1 is also the beginning of 10, so it counts for the greedy score.
-    """
-    def chat_of(prompt, image):
-        return train_flow_grpo.verdict_chat(
-            prompt.image, image, prompt.row["instruction"], prompt.row["principles"])
-
-    tokenizer = reward_model.processor.tokenizer
-    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
-    scores = []
-    for asked, chats, replies in ask_about_edits(
-            reward_model, prompts, images, group_size, args.max_new_tokens, chat_of):
-        beginnings = [text[:text.rfind("<score>") + len("<score>")] for text in replies]
-        probs = next_token_probs(reward_model, chats, beginnings)[:, digits]            # (R, 10)
-        for prompt, text, p in zip(asked, replies, probs):
-            verdict = parse_verdict(text, len(prompt.row["principles"]))
-            if verdict is None:
-                scores.append(math.nan)
-                continue
-            values = torch.arange(10) + 0.5
-            values[1] = verdict.score
-            scores.append(((p / p.sum()) @ values).item())
-    return torch.tensor(scores).view(len(prompts), group_size)
-
-
 def cleanliness_scores(reward_model, prompts, images, group_size, args):
     """train_flow_grpo.score_edits by a judge that sees neither the source nor the instruction."""
-    def chat_of(prompt, image):
-        return evaluate.pq_chat(image)
-
     scores = []
-    for _, _, replies in ask_about_edits(
-            reward_model, prompts, images, group_size, args.max_new_tokens, chat_of):
-        for text in replies:
-            ratings = evaluate.parse_ratings(text, ["naturalness", "cleanliness"])
+    for start in range(0, len(images), 96):
+        chats = [evaluate.pq_chat(image) for image in images[start:start + 96]]
+        for reply in reward_model.generate(chats, args.max_new_tokens):
+            ratings = evaluate.parse_ratings(reply.text, ["naturalness", "cleanliness"])
             scores.append(min(ratings.values()) if ratings else math.nan)
     return torch.tensor(scores).view(len(prompts), group_size)
 
@@ -152,7 +98,7 @@ FLOW_FLAGS = {"flow": [], "window1": ["--sde_window_size", "1"],
               "window3": ["--sde_window_size", "3"],
               "blind": ["--beta", "0", "--reward", f"{MODELS}/judge"]}
 FLOW_SWAPS = {"cps": ("sde_step", cps_step), "average": ("parse_verdict", average_as_score),
-              "expected": ("score_edits", expected_scores),
+              "expected": ("score_edits", train_nft.score_edits_expected),
               "blind": ("score_edits", cleanliness_scores)}
 GCPO_VARIANTS = [*GCPO_FLAGS, *GCPO_SWAPS, *GCPO_SHARES]
 FLOW_VARIANTS = [*FLOW_FLAGS, "cps", "average", "expected", "no_keep"]

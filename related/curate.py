@@ -1,53 +1,58 @@
 """Curation: let a reward model choose the edits on which an editor is fine-tuned.
 
-EditReward (arXiv 2509.26346) scored 46,000 edits, kept the best, and fine-tuned Step1X-Edit on
-them: on GEdit (English) all of them gave 6.78, the best 20,000 gave 7.09, and none 6.44. This
-script does the same with any judge and any editor of train_flow_grpo.py. There is no exploration
-and no group: the reward model is asked once, and the rest is supervised learning.
+EditReward (arXiv 2509.26346) scored 46,000 edits, kept the best, and fine-tuned Step1X-Edit. Its
+overall score on GEdit (English) was 6.44 before, 6.78 with all 46,000 edits, and 7.09 with the
+best 20,000. This script does the same with any judge, for the editors of train_flow_grpo.py. The
+scores are read from a file: unlike in reinforcement learning, nothing is drawn during training.
 
-    scored edits                       edit_score       of the traces of build_sft.py, or O
-      -> the best --keep of them       choose_edits     or a random share, or all
-      -> --batch_size edits per step   batch_indices    split over the ranks
-      -> latents x0 (1, S, C)          encode_edit      of the edit; its prompt is encoded, too
-      -> K noise levels t, noise       draw_noise_levels
-      -> loss                          flow_matching_loss
+    scored edits                       edit_score          the mean score of its traces, or its O
+      -> the best --keep of them       choose_edits        or a random share, for comparison
+      -> --batch_size edits per step   batch_indices       split over the ranks
+      -> latents x0 (1, S, C), cond    encode_edits        cond: source image and instruction
+      -> K noise levels t and noise    draw_noise_levels   (K,) and (K, S, C)
+      -> a loss, a mean over K         example_loss
       -> one optimizer step for the LoRA
 
-The pretraining loss of the editor, on the chosen edits, with S latent tokens of C channels:
+    S is the number of latent tokens of an image, and C the number of their channels. A trace is
+    one judgement of an edit (build_sft.py), O its overall score from 0 to 10 (evaluate.py judge).
 
-    x_t  = (1 - t) x0 + t noise,  the straight path from the edit to noise
+The loss is flow matching, as in the editor's pretraining, on the chosen edits alone:
+
+    x_t  = (1 - t) x0 + t noise,  the straight path from the edit (t = 0) to noise (t = 1)
     u    = noise - x0,            its velocity
-    loss = mean over the S C dimensions of (v(x_t, t) - u)^2                    flow_matching_loss
+    loss = mean over the S C dimensions of (v(x_t, t, cond) - u)^2              flow_matching_loss
 
-t is drawn evenly from the editor's own schedule, which spends more of it at high noise the larger
-the image is.
+t is a random point of the editor's own sampling schedule, one from each of K equal parts of it. For
+a large image the schedule has more points at high noise.
 
-A worked number: eight edits of two prompts score 9, 8, 7, 6 and 4, 3, 2, 1. --keep 0.5 keeps the
-first prompt's four; with --per_prompt it keeps 9, 8, 4 and 3. The former drops a prompt that the
-editor cannot do, the latter imitates an edit that scores 3. A judge that ranks well within a
-prompt, but not between prompts, as EditReward may, needs --per_prompt.
+An example: two prompts have four edits each, which score 9, 8, 7, 6 and 4, 3, 2, 1. --keep 0.5
+keeps all edits of the first prompt; with --per_prompt it keeps 9, 8, 4 and 3. Without --per_prompt
+the judge's scores must be comparable between prompts. EditReward learns only from pairs of edits of
+one prompt, so its scores need not be.
 
     python build_sft.py --toy --principles rl/principles.jsonl --editors toy/models/editor \
         --num_images_per_prompt 4 --pool gcpo/model --temperatures 0 --out pool
-    python related/curate.py --toy --edits pool/traces.jsonl --editor toy/models/editor --out curated
+    python related/curate.py --toy --edits pool/traces.jsonl \
+        --editor toy/models/editor --out curated
 
-    reads   rows {id, source, instruction, edit} with `traces` (build_sft.py: the mean of their
-            scores counts) or with `O` (evaluate.py judge); FLUX.1-Kontext or Qwen-Image-Edit
-    writes  out/lora (pipe.load_lora_weights loads it), out/chosen.jsonl, out/metrics.jsonl,
-            out/config.json, out/checkpoint.pt (for --resume)
+    reads   rows {id, source, instruction, edit} with `traces` or with `O`; FLUX.1-Kontext or
+            Qwen-Image-Edit
+    writes  out/lora (pipe.load_lora_weights loads it), out/chosen.jsonl (the rows that are trained
+            on), out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
 Differences from the paper, which says little of this experiment:
-    1. Step1X-Edit draws t from a logit-normal distribution, and trains in bf16 with 8-bit AdamW.
-    2. The edits may be the editor's own (the paper's are GPT-4o's). Then this is a step of
-       rejection sampling; draw again with the trained LoRA for a second round.
-    3. Qwen-Image-Edit is trained without CFG: the velocity with the instruction is what it learns.
+    1. The editors are others, and a LoRA is trained at a constant learning rate.
+    2. The edits may be the editor's own (the paper's are GPT-4o's). Then this is one round of
+       rejection sampling: draw again with the trained LoRA for a second one.
+    3. FLUX.1-Kontext keeps its guidance input at 2.5, as it is used. Qwen-Image-Edit is trained
+       without CFG: it learns the velocity with the instruction.
 
-Metrics: loss; eval_loss, of the last --num_eval edits that were chosen; grad_norm.
+Metrics: loss; eval_loss, of the evaluation edits that the same choice would keep; grad_norm.
 
 What to change for ...
-    another judge       `edit_score`
-    another selection   `choose_edits`
-    weights for edits   `main`, phase 4: multiply the loss, as DiffusionNFT does (train_nft.py)
+    another judge            `edit_score`
+    another selection        `choose_edits`
+    a weight for each edit   `main`, phase 4: multiply the loss
 """
 import argparse
 import importlib
@@ -73,8 +78,9 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-TOY = dict(num_eval=16, resolution=32, steps=300, batch_size=12, num_noise_levels=4, lr=1e-3,
+TOY = dict(num_eval=16, resolution=32, steps=300, batch_size=12, num_noise_levels=4, lr=5e-4,
            lora_rank=16, eval_every=100)
+NUM_EVAL_LEVELS = 4                 # noise levels of an evaluation edit
 LORA_SCALE = 2                      # alpha / rank
 
 
@@ -92,7 +98,8 @@ def parse_args():
                       help="Evaluate on the last edits, and do not train on their sources.")
 
     selection = parser.add_argument_group("selection")
-    selection.add_argument("--keep", type=float, default=0.5, help="The share that is kept.")
+    selection.add_argument("--keep", type=float, default=0.5,
+                           help="The share of the scored edits that is kept.")
     selection.add_argument("--select", choices=["top", "random"], default="top",
                            help="Keep the best edits, or a random choice for comparison.")
     selection.add_argument("--per_prompt", action="store_true",
@@ -106,7 +113,7 @@ def parse_args():
                           help="Edits per optimizer step, over all ranks.")
     training.add_argument("--num_noise_levels", type=int, default=1,
                           help="K, the noise levels at which an edit of a step is trained.")
-    training.add_argument("--lr", type=float, default=1e-4, help="Peak learning rate of AdamW.")
+    training.add_argument("--lr", type=float, default=1e-4, help="The constant learning rate.")
     training.add_argument("--lora_rank", type=int, default=64, help="LoRA's r; its alpha is 2 r.")
 
     run = parser.add_argument_group("run")
@@ -133,9 +140,10 @@ def edit_score(row):
 
 
 def choose_edits(rows, keep, select, per_prompt, seed):
-    """The share `keep` of the scored rows, in their old order. Rows without a score are left out.
+    """The share `keep` of the scored rows (of each prompt: rounded up), in their old order.
 
-    Equal scores are told apart at random, so that no prompt gains by its place in the file.
+    Rows without a score are left out. Equal scores are ordered at random, so that no prompt gains
+    by its place in the file.
     """
     rng = random.Random(seed)
     groups = {}
@@ -143,13 +151,13 @@ def choose_edits(rows, keep, select, per_prompt, seed):
         score = edit_score(row)
         if score is None:
             continue
-        prompt = (row["source"], row["instruction"]) if per_prompt else "all"
-        rank = score if select == "top" else 0
-        groups.setdefault(prompt, []).append((rank, rng.random(), i))
+        group_key = (row["source"], row["instruction"]) if per_prompt else "all prompts"
+        sort_score = score if select == "top" else 0
+        groups.setdefault(group_key, []).append((sort_score, rng.random(), i))
     chosen = []
     for group in groups.values():
         group.sort(reverse=True)
-        chosen.extend(i for _, _, i in group[:round(keep * len(group))])
+        chosen.extend(i for _, _, i in group[:math.ceil(keep * len(group))])
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -158,13 +166,6 @@ def choose_edits(rows, keep, select, per_prompt, seed):
 def flow_matching_loss(velocity, x0, noise):
     """The loss of each x_t: velocity, noise (K, S, C), x0 (1, S, C) -> (K,)."""
     return (velocity - (noise - x0)).square().mean((1, 2))
-
-
-def learning_rate(step, num_steps, peak):
-    """The smaller of a linear warm-up over 5 % of the steps and a cosine decay to zero."""
-    warmup = 20 * (step + 1) / (num_steps + 20)             # 5 % of the steps, and one more
-    cosine = (1 + math.cos(math.pi * step / num_steps)) / 2
-    return peak * min(warmup, cosine)
 
 
 # ------------------------------------------------------------ the editor
@@ -389,35 +390,37 @@ class Example:
 @torch.no_grad()
 def encode_edits(editor, rows, args):
     """Encode the edit, the source image and the instruction of every row."""
-    # The text encoder is on the GPU only here: T5 takes 9 GB, the VLM of Qwen-Image-Edit 15 GB.
+    # In every step anew: what 20,000 edits are encoded to would take 90 GB. The text encoder is on
+    # the GPU only here, since T5 takes 9 GB and the VLM of Qwen-Image-Edit 15 GB.
     editor.text_encoder.to(editor.pipe.transformer.device)
     examples = []
     for row in rows:
         source = open_image(args.edits, row, "source", max_pixels=4096 * 4096)
         source = resize_to_area(source, args.resolution)
-        edit = open_image(args.edits, row, "edit", max_pixels=4096 * 4096).resize(source.size)
+        edit = open_image(args.edits, row, "edit", max_pixels=4096 * 4096)
+        edit = edit.resize(source.size, Image.LANCZOS)      # an editor may round the size
         cond = editor.encode(source, row["instruction"])
-        # Both editors encode the source as they encode an image to be drawn.
+        # Only the latents of this one are used. An edit has latents of the same kind as a source.
         x0 = editor.encode(edit, row["instruction"]).image_latents
         examples.append(Example(x0, cond))
     editor.text_encoder.to("cpu")
     return examples
 
 
-def draw_noise_levels(editor, example, num_levels, key):
-    """`num_levels` noise levels of the editor's schedule and noise: (K,), (K, S, C)."""
-    generator = torch.Generator().manual_seed(derive_seed(*key))
-    sigmas = get_sigmas(editor.pipe.scheduler, example.x0.shape[1], 1000)[:-1]      # without 0
-    # One from each of K equal parts of the schedule, so that a step sees high and low noise.
+def draw_noise_levels(editor, x0, num_levels, seed_key):
+    """Noise levels t (K,) from the editor's schedule, and noise (K, S, C), with their own seed."""
+    generator = torch.Generator().manual_seed(derive_seed(*seed_key))
+    sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], 1000)[:-1].cpu()        # without 0
+    # One from each of K equal parts of the schedule: with K > 1 an edit sees high and low noise.
     places = (torch.arange(num_levels) + torch.rand(num_levels, generator=generator)) / num_levels
-    t = sigmas.cpu()[(places * len(sigmas)).long().clamp(max=len(sigmas) - 1)]
-    noise = torch.randn((num_levels, *example.x0.shape[1:]), generator=generator)
-    return t.to(example.x0), noise.to(example.x0)
+    t = sigmas[(places * 1000).long().clamp(max=999)]       # rounding may give 1000
+    noise = torch.randn((num_levels, *x0.shape[1:]), generator=generator)
+    return t.to(x0), noise.to(x0)
 
 
-def example_loss(editor, example, num_levels, key):
-    """The mean loss of one edit over its noise levels: a scalar."""
-    t, noise = draw_noise_levels(editor, example, num_levels, key)
+def example_loss(editor, example, num_levels, seed_key):
+    """The mean loss of one edit over K noise levels: a scalar."""
+    t, noise = draw_noise_levels(editor, example.x0, num_levels, seed_key)
     x_t = torch.lerp(example.x0.expand_as(noise), noise, t[:, None, None])          # (K, S, C)
     velocity = editor.predict_velocity(x_t, t, example.cond)
     return flow_matching_loss(velocity, example.x0, noise).mean()
@@ -425,11 +428,12 @@ def example_loss(editor, example, num_levels, key):
 
 @torch.no_grad()
 def evaluate(editor, eval_rows, step, run, rank, world_size, args):
-    """The loss on the evaluation edits, always at the same noise."""
+    """The loss on the evaluation edits, always with the same noise."""
     losses = []
-    for row in eval_rows[rank::world_size]:
-        example = encode_edits(editor, [row], args)[0]
-        losses.append(example_loss(editor, example, 4, ("eval", args.seed, row["id"])).item())
+    rows = eval_rows[rank::world_size]
+    for row, example in zip(rows, encode_edits(editor, rows, args)):
+        seed_key = ("eval", args.seed, row["id"])
+        losses.append(example_loss(editor, example, NUM_EVAL_LEVELS, seed_key).item())
     losses = all_gather_lists(losses)
     if rank == 0 and losses:
         log_step(run, step, dict(eval_loss=sum(losses) / len(losses)))
@@ -439,15 +443,19 @@ def load_chosen(args, rank, world_size):
     """The chosen rows for training and for evaluation."""
     rows = load_jsonl(args.edits, ["source", "instruction", "edit"],
                       "Draw and score edits with build_sft.py (README, stage 2).")
-    num_scored = sum(edit_score(row) is not None for row in rows)
-    chosen = choose_edits(rows, args.keep, args.select, args.per_prompt, args.seed)
-    train_rows, eval_rows = split_by_source(chosen, args.num_eval)
+    # First split, then choose: whatever is chosen, the evaluation is on the same sources.
+    train_rows, eval_rows = split_by_source(rows, args.num_eval)
+    num_train = len(train_rows)
+    train_rows = choose_edits(train_rows, args.keep, args.select, args.per_prompt, args.seed)
+    eval_rows = choose_edits(eval_rows, args.keep, args.select, args.per_prompt, args.seed)
     if rank == 0:
-        print(f"{args.edits}: {len(rows)} edits, {num_scored} with a score, {len(chosen)} chosen")
+        print(f"{args.edits}: {len(train_rows)} of {num_train} edits were chosen for training, and "
+              f"{len(eval_rows)} of {args.num_eval} for evaluation")
     if args.batch_size % world_size > 0 or args.batch_size > len(train_rows):
-        raise SystemExit(f"--batch_size {args.batch_size} must be a multiple of the {world_size} "
-                         f"ranks and at most the {len(train_rows)} chosen edits for training.")
-    check_images(args.edits, chosen, ["source", "edit"], rank, world_size)
+        raise SystemExit(f"--batch_size must be a multiple of the {world_size} ranks and at most "
+                         f"the {len(train_rows)} edits that --num_eval and --keep leave for "
+                         "training.")
+    check_images(args.edits, train_rows + eval_rows, ["source", "edit"], rank, world_size)
     return train_rows, eval_rows
 
 
@@ -489,19 +497,18 @@ def main():
 
         # ---- 4. Flow matching on each of them.
         for param in params:
-            param.grad = torch.zeros_like(param)    # not None: all ranks join the all_reduce
+            param.grad = torch.zeros_like(param)    # not None, even if nothing depends on it
         local_loss = 0.0
         for row, example in zip(rows, encode_edits(editor, rows, args)):
-            key = ("train", args.seed, step, row["id"])
-            loss = example_loss(editor, example, args.num_noise_levels, key) / args.batch_size
+            seed_key = ("train", args.seed, step, row["id"])
+            loss = example_loss(editor, example, args.num_noise_levels, seed_key) / args.batch_size
             loss.backward()
             local_loss += loss.item()
 
         # ---- 5. The optimizer step.
         if dist.is_initialized():
             for param in params:
-                dist.all_reduce(param.grad)         # a sum: the loss was divided by all ranks' edits
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
+                dist.all_reduce(param.grad)         # a sum: each loss was divided by --batch_size
         grad_norm = clip_gradients(params, step)
         optimizer.step()
         step_loss = sum(all_gather_lists([local_loss]))

@@ -1,63 +1,69 @@
-"""EditReward: a vision-language model (VLM) that scores an edit without writing a word.
+"""EditReward: a reward model that writes nothing, a vision-language model (VLM) with two heads.
 
-EditReward (arXiv 2509.26346) learns from the same preference pairs as train_gcpo.py. It reads the
-images and the instruction up to one added position. From the state there, a small head for each
-dimension (does the edit follow the instruction? does it look good?) gives a score that is not
-certain: a Gaussian. The choices of people teach its mean and its width.
+EditReward (arXiv 2509.26346) learns from the same preference pairs as train_gcpo.py. One learned
+token is appended to the prompt; the last hidden state there feeds a small head for each dimension:
+does the edit follow the instruction, and does it look good? A head predicts the mean and the log
+standard deviation of a Gaussian score. Both are fitted to the choices of people.
 
-    --batch_size pairs               batch_indices     split over the ranks
+    N = --batch_size pairs           batch_indices     split over the ranks
       -> micro-batches of B pairs                      B = --micro_batch_size
-      -> inputs (2 B, P)             score_inputs      the prompts on both edits; P tokens
-      -> mu, log_sigma (2 B, D)      EditReward        D = 2 dimensions
-      -> with their mean (2 B, 1+D)  pool              column 0 is the overall score
+      -> inputs (R, T)               reward_inputs     R = 2 B prompts of T tokens
+      -> hidden state (R, H)         EditReward        at the appended token
+      -> mu, log_sigma (R, D)        EditReward        D = 2 dimensions
+      -> with their mean (R, 1+D)    pool              column 0 is the overall score
       -> a loss for each pair        pair_loss         against its labels (B, 1 + D)
 
-With s_A ~ N(mu_A, sigma_A^2) and s_B ~ N(mu_B, sigma_B^2), independent:
+A is the chosen edit of a pair, and B the rejected one. Their scores r_A ~ N(mu_A, sigma_A^2) and
+r_B ~ N(mu_B, sigma_B^2) are independent. E is the expectation over x ~ N(0, 1):
 
-    m        = mu_A - mu_B,  s^2 = sigma_A^2 + sigma_B^2                           pair_loss
-    P(A > B) = mean of sigmoid(s_A - s_B) = mean of sigmoid(m + s x), x ~ N(0, 1)  log_prefer
-    overall  : mu = mean of the mu_d,  sigma^2 = sum of the sigma_d^2 / D^2        pool
-    loss     = - y log P(A > B) - (1 - y) log P(B > A), summed over the labels y   pair_loss
+    m        = mu_A - mu_B,  s^2 = sigma_A^2 + sigma_B^2                          pair_loss
+    P(A > B) = E sigmoid(r_A - r_B) = E sigmoid(m + s x)                          log_preference
+    overall  : mu = mean of the mu_d,  sigma^2 = (sum of the sigma_d^2) / D^2     pool
+    loss     = - y log P(A > B) - (1 - y) log P(B > A), summed over the labels    pair_loss
 
-A label y is 1 if the chosen edit is better, 0 if the other one is, and 1/2 if they tie; it is NaN,
-and teaches nothing, if nobody said so. `overall` has a label in every pair; the dimensions have one
-where the row says "chosen" or "rejected" in its fields `follow` and `quality`.
+A label y is 1 if A is better, 0 if B is, and 1/2 if they tie; it is NaN, and teaches nothing, if
+nobody said so. A pair of --pairs has y = 1 overall. A pair of --ties has y = 1/2 if --tie_rule says
+so, else NaN. The dimensions have a label where the row says "chosen" or "rejected" in its fields
+`follow` and `quality`; "same" is NaN.
 
 Three losses, --loss:
     exact          -log P, as the paper writes it. A pair that is ranked wrong pulls s up, one that
                    is ranked right pushes it down.
-    bound          -(the mean of log sigmoid), as the released code computes it. By Jensen it is
-                   above -log P, and it grows with s at every m: s goes to 0 whatever the data.
-    bradley_terry  -log sigmoid(m): s is 0, and log_sigma is not trained.
+    bound          -E log sigmoid(m + s x), as the released code computes it. By Jensen it is at
+                   least -log P, and it grows with s at every m: s falls, whatever the data.
+    bradley_terry  -log sigmoid(m), with s = 0. log_sigma is not trained: ignore the metric sigma.
 
 A worked number: a wrong pair with m = -2. With s = 1, P = .155 and -log P = 1.86; with s = 4,
-P = .324 and -log P = 1.13, so a wider s costs less. The bound is 2.18 and 2.93: a wider s costs more.
+P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it costs more.
 
     python related/train_editreward.py --toy --pairs preferences.jsonl --ties ties.jsonl \
         --model toy/models/direct --bench reward_bench/preferences.jsonl --out editreward
     python evaluate.py reward --scores editreward/scores.jsonl --out editreward/reward
 
-    reads   preferences.jsonl, as train_gcpo.py does; --ties: rows of the same form, without a
-            winner; a Qwen2.5-VL or Qwen3-VL, or the out/model of an earlier run
+    reads   rows {"id": "7/0", "source": "7.png", "instruction": "remove the dog", "chosen":
+            "7a.png", "rejected": "7b.png", "follow": "chosen", "quality": "same"}, where follow and
+            quality are optional; a Qwen2.5-VL or Qwen3-VL, or the out/model of an earlier run
     writes  out/model (the VLM, and heads.safetensors), out/scores.jsonl of the pairs of --bench,
             out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
-Differences from the paper and its code:
-    1. The sigma of the mean is that of a mean of independent Gaussians. Its code averages log sigma.
-    2. One pass per edit, with one prompt for both heads. It has a pass and a rubric for each.
-    3. The vision tower is frozen, and the heads have no dropout.
-    4. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension
-       (--tie_rule opposed). Its code has no such rule, and reads no label of a dimension.
-    5. The mean over x is Gauss-Hermite quadrature with 32 nodes, where its code draws 1,000 x.
+Differences from the paper and its released code:
+    1. The overall sigma is that of a mean of independent Gaussians. The code averages log sigma.
+    2. One pass per edit, with one prompt for both heads. The code has a pass and a rubric for each.
+    3. The vision tower and its projector are frozen here, and the heads have no dropout.
+    4. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension.
+       --tie_rule opposed gives such a pair y = 1/2, with half of that weight. The code has no rule
+       for ties, and reads no label of a dimension.
+    5. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x.
 
-Metrics: loss, eval_loss; accuracy, follow_accuracy and quality_accuracy of the evaluation pairs
-(pairs without that label are left out); sigma, the mean of the overall one; grad_norm.
+Metrics: loss and eval_loss (which differ between the losses); accuracy, follow_accuracy and
+quality_accuracy of the evaluation pairs that have such a label; sigma, the mean overall sigma of
+their edits; grad_norm.
 
 What to change for ...
-    another pooling          `pool`
-    another loss             `log_prefer`
-    a rubric of your own     `RATING_RULES`
-    more dimensions          DIMENSIONS; rows name the winner of each in a field of that name
+    another way to combine the dimensions   `pool`
+    another loss                            `log_preference`, and the choices of --loss
+    a rubric of your own                    `RATING_RULES`
+    more dimensions                         DIMENSIONS; rows name the winner of each in its field
 """
 import argparse
 import json
@@ -99,7 +105,8 @@ def parse_args():
     data.add_argument("--pairs", required=True, help="The preferences.jsonl of people's choices.")
     data.add_argument("--ties", default="", help="A file of pairs that people found equal.")
     data.add_argument("--tie_rule", choices=["none", "opposed", "all"], default="opposed",
-                      help="Which ties teach an overall label of one half.")
+                      help="Which ties get the overall label 1/2: those where each edit "
+                           "wins one dimension, or all. Their dimensions teach in any case.")
     data.add_argument("--model", required=True,
                       help="Qwen2.5-VL or Qwen3-VL to train: a folder or hub id.")
     data.add_argument("--bench", default="", help="Pairs to score at the end.")
@@ -117,9 +124,10 @@ def parse_args():
                               help="Pairs per optimizer step, over all ranks.")
     optimization.add_argument("--micro_batch_size", type=int, default=2,
                               help="Pairs per forward and backward pass.")
-    optimization.add_argument("--lr", type=float, default=2e-6, help="Peak learning rate of AdamW.")
+    optimization.add_argument("--lr", type=float, default=2e-6,
+                              help="Peak learning rate of the VLM.")
     optimization.add_argument("--head_lr", type=float, default=2e-6,
-                              help="The same, for the heads and the added position.")
+                              help="Peak learning rate of the heads and the appended token.")
 
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="The seed of the heads and of the order.")
@@ -135,6 +143,8 @@ def parse_args():
 
 
 # ------------------------------------------------------------ the prompt
+#
+# It is that of train_nft.py, which asks for a digit. Here nothing is answered: a token is appended.
 
 RATING_RULES = """\
 Rate how well the second image carries out the instruction on the first image. 0 means that the
@@ -155,22 +165,24 @@ def rating_chat(source, edit, instruction):
 
 # ------------------------------------------------------------ the mathematics
 
-def log_prefer(m, s, loss):
+def log_preference(m, s, loss):
     """log P(A > B) of two Gaussian scores, or what --loss takes for it: m, s (...) -> (...)."""
     if loss == "bradley_terry":
         return logsigmoid(m)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(32)                 # of N(0, 1)
-    x = torch.tensor(nodes, dtype=m.dtype, device=m.device)                 # (32,)
-    log_weights = torch.tensor(weights / weights.sum(), dtype=m.dtype, device=m.device).log()
-    log_sigmoid = logsigmoid(m[..., None] + s[..., None] * x)               # (..., 32)
+    # E f(x) is about the sum over k of w_k f(x_k).
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    x = torch.tensor(nodes, dtype=m.dtype, device=m.device)                 # (64,)
+    w = torch.tensor(weights / weights.sum(), dtype=torch.float64, device=m.device)
+    log_sigmoid = logsigmoid(m[..., None] + s[..., None] * x)               # (..., 64)
     if loss == "bound":
-        return (log_sigmoid * log_weights.exp()).sum(-1)
-    return torch.logsumexp(log_sigmoid + log_weights, dim=-1)
+        return (log_sigmoid * w.to(m.dtype)).sum(-1)
+    return torch.logsumexp(log_sigmoid + w.log().to(m.dtype), dim=-1)
 
 
 def pool(mu, log_sigma):
-    """Put the law of the mean of the D dimensions in front: (..., D) -> (..., 1 + D), twice."""
+    """Prepend the overall score: mu, log_sigma (..., D) -> (..., 1 + D) each."""
     mean = mu.mean(-1, keepdim=True)
+    # sigma = sqrt(sum of the sigma_d^2) / D, in logarithms
     log_sum_of_squares = torch.logsumexp(2 * log_sigma, dim=-1, keepdim=True)
     log_sigma_of_mean = log_sum_of_squares / 2 - math.log(mu.shape[-1])
     return torch.cat([mean, mu], -1), torch.cat([log_sigma_of_mean, log_sigma], -1)
@@ -185,8 +197,8 @@ def pair_loss(mu, log_sigma, labels, loss):
     m = mu[:, 0] - mu[:, 1]                                                 # (B, 1 + D)
     s = torch.logsumexp(2 * log_sigma, dim=1).div(2).exp()                  # (B, 1 + D)
     known = ~labels.isnan()
-    y = labels.nan_to_num()         # a NaN in the product would reach the gradient through `where`
-    losses = -y * log_prefer(m, s, loss) - (1 - y) * log_prefer(-m, s, loss)
+    y = labels.nan_to_num()             # 0 * NaN is NaN: `where` would not protect the gradient
+    losses = -y * log_preference(m, s, loss) - (1 - y) * log_preference(-m, s, loss)
     return torch.where(known, losses, 0).sum(-1)
 
 
@@ -200,7 +212,11 @@ def learning_rate(step, num_steps, peak):
 # ------------------------------------------------------------ the model
 
 class EditReward(nn.Module):
-    """A VLM, the embedding of one added position, and a head for each dimension."""
+    """A VLM, the embedding of one appended token, and a head for each dimension.
+
+    The appended token has a placeholder's id, and a hook gives it the learned embedding. So the VLM
+    itself inserts the images and computes the positions.
+    """
 
     def __init__(self, vlm, end_token_id):
         super().__init__()
@@ -214,10 +230,10 @@ class EditReward(nn.Module):
             self.heads.append(nn.Sequential(
                 nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Linear(1024, 16), nn.ReLU(),
                 nn.Linear(16, 2)).to(device))
-        embeddings.register_forward_hook(self.embed_reward_position)
+        embeddings.register_forward_hook(self.embed_reward_token)
 
-    def embed_reward_position(self, layer, inputs, embedded):
-        """The last position of every row gets the learned embedding."""
+    def embed_reward_token(self, layer, inputs, embedded):
+        """Replace the embedding of the last token of every row."""
         reward = self.reward_embedding.to(embedded.dtype).expand(len(embedded), 1, -1)
         return torch.cat([embedded[:, :-1], reward], dim=1)
 
@@ -229,7 +245,7 @@ class EditReward(nn.Module):
         state = outputs.last_hidden_state[:, -1].float()                    # (R, H)
         predictions = torch.stack([head(state) for head in self.heads], 1)  # (R, D, 2)
         mu, log_sigma = predictions.unbind(-1)
-        return mu, log_sigma.clamp(-5, 2)
+        return mu, log_sigma.clamp(-5, 2)                   # beyond, P would hardly change
 
 
 def load_reward_model(args, device, world_size):
@@ -242,7 +258,7 @@ def load_reward_model(args, device, world_size):
         model.load_state_dict(load_file(heads_path), strict=False)
     if world_size > 1:
         blocks = list(vlm.model.language_model.layers) + list(vlm.model.visual.blocks)
-        for head in model.heads:                    # they compute in fp32
+        for head in model.heads:                    # before the rest, which computes in bf16
             fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32),
                         reshard_after_forward=False)
         shard_model(model, blocks, device)
@@ -250,7 +266,7 @@ def load_reward_model(args, device, world_size):
 
 
 def save_reward_model(model, processor, folder, rank):
-    """Save the VLM as a Hugging Face folder, and the rest as heads.safetensors beside it."""
+    """Save the VLM as a Hugging Face folder, and heads and reward embedding beside it."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp.get_model_state_dict(model, options=options)                # all ranks take part
     if rank == 0:
@@ -267,8 +283,8 @@ def save_reward_model(model, processor, folder, rank):
         os.replace(temporary, folder)
 
 
-def score_inputs(processor, chats):
-    """The model's inputs for R chats: prompts, padded on the left, and the added position."""
+def reward_inputs(processor, chats):
+    """The model's inputs for R chats: prompts, padded on the left, and the appended token."""
     inputs = processor(chats)
     ones = torch.ones(len(chats), 1, dtype=torch.long)
     added = dict(input_ids=ones * processor.tokenizer.eos_token_id, attention_mask=ones,
@@ -283,19 +299,19 @@ def score_inputs(processor, chats):
 def winner_labels(row, is_tie, args):
     """The labels of a pair, overall and of each dimension: 1, 0, 0.5 or NaN."""
     values = {"chosen": 1.0, "rejected": 0.0}
-    dimensions = [values.get(row.get(name), math.nan) for name in DIMENSIONS]
-    overall = 1.0
+    dimension_labels = [values.get(row.get(name), math.nan) for name in DIMENSIONS]
+    overall = 1.0                                           # a ranked pair
     if is_tie:
-        is_opposed = {0.0, 1.0} <= set(dimensions)
+        is_opposed = {0.0, 1.0} <= set(dimension_labels)
         is_used = args.tie_rule == "all" or (args.tie_rule == "opposed" and is_opposed)
         overall = 0.5 if is_used else math.nan
     if args.labels == "overall":
-        dimensions = [math.nan] * len(DIMENSIONS)
-    return [overall, *dimensions]
+        dimension_labels = [math.nan] * len(DIMENSIONS)
+    return [overall, *dimension_labels]
 
 
 def load_labeled_pairs(path, is_tie, args, rank, world_size):
-    """The rows of a file of pairs that have a label, with their labels and their folder."""
+    """The rows of a file of pairs that have a label, with the labels and the file's name."""
     rows = load_jsonl(path, ["source", "instruction", "chosen", "rejected"],
                       "It holds pairs of edits (README, stage 4).")
     check_images(path, rows, ["source", "chosen", "rejected"], rank, world_size)
@@ -323,19 +339,19 @@ def load_pair_batch(processor, rows):
             edit = open_image(row["file"], row, side)
             chats.append(rating_chat(source, edit, row["instruction"]))
     labels = torch.tensor([row["labels"] for row in rows])
-    return PairBatch(score_inputs(processor, chats), labels)
+    return PairBatch(reward_inputs(processor, chats), labels)
 
 
 def score_pairs(model, batch, device):
-    """mu and log_sigma of both edits of B pairs, the overall one first: (B, 2, 1 + D), twice."""
-    mu, log_sigma = pool(*model(batch.inputs.to(device)))                   # (2 B, 1 + D), twice
+    """mu and log_sigma of both edits of B pairs, the overall one first: (B, 2, 1 + D) each."""
+    mu, log_sigma = pool(*model(batch.inputs.to(device)))                   # (R, 1 + D) each
     shape = (len(batch.labels), 2, 1 + len(DIMENSIONS))
     return mu.view(shape), log_sigma.view(shape)
 
 
 @torch.no_grad()
 def score_rows(model, processor, rows, device, rank, world_size, args):
-    """The rows of pairs with the scores of both edits and the loss, in order, on every rank."""
+    """Score both edits of each row; every rank gets all rows, in order."""
     local_rows = rows[rank::world_size]
     scored = []
     for start in range(0, len(local_rows), args.micro_batch_size):
@@ -362,9 +378,9 @@ def eval_metrics_of_pairs(rows):
         is_right = []
         for row in rows:
             label = row["labels"][label_index]
+            difference = row[f"chosen_{suffix}"] - row[f"rejected_{suffix}"]
             if label in (0.0, 1.0):
-                chosen_wins = row[f"chosen_{suffix}"] > row[f"rejected_{suffix}"]
-                is_right.append(chosen_wins == (label == 1.0))
+                is_right.append(difference > 0 if label == 1.0 else difference < 0)
         return sum(is_right) / len(is_right) if is_right else math.nan
 
     metrics = dict(eval_loss=sum(row["loss"] for row in rows) / len(rows),
@@ -388,9 +404,12 @@ def score_bench(model, processor, out, device, rank, world_size, args):
     rows = load_labeled_pairs(args.bench, False, args, rank, world_size)
     rows = score_rows(model, processor, rows, device, rank, world_size, args)
     if rank == 0:
-        fields = ["source", "chosen", "rejected"]
-        write_jsonl(out / "scores.jsonl",
-                    [rebase_paths(row, fields, args.bench, out / "scores.jsonl") for row in rows])
+        scores_path = out / "scores.jsonl"
+        for row in rows:
+            del row["labels"], row["file"]
+        write_jsonl(scores_path, [
+            rebase_paths(row, ["source", "chosen", "rejected"], args.bench, scores_path)
+            for row in rows])
 
 
 def check_pair_sizes(train_rows, eval_rows, args, world_size):
@@ -398,15 +417,12 @@ def check_pair_sizes(train_rows, eval_rows, args, world_size):
     if args.batch_size % world_size > 0 or len(train_rows) < args.batch_size:
         raise SystemExit(f"--batch_size {args.batch_size} must be a multiple of the {world_size} "
                          f"ranks and at most the {len(train_rows)} training pairs.")
-    if 0 < len(eval_rows) < world_size:     # FSDP2 gathers the weights in the first forward pass
+    if 0 < len(eval_rows) < world_size:     # all ranks must take part in the first forward pass
         raise SystemExit(f"--num_eval must be 0, or at least the {world_size} ranks.")
 
 
-def main():
-    args = parse_args()
-    rank, world_size, device = setup()
-
-    # ---- 1. The pairs, the model and the optimizer.
+def load_train_and_eval(args, rank, world_size):
+    """The pairs for training, ties included, and for evaluation; no source image is in both."""
     pairs = load_labeled_pairs(args.pairs, False, args, rank, world_size)
     train_rows, eval_rows = split_by_source(pairs, args.num_eval)
     if args.ties:
@@ -414,13 +430,26 @@ def main():
         for row in load_labeled_pairs(args.ties, True, args, rank, world_size):
             if os.path.realpath(Path(args.ties).parent / row["source"]) not in held_out:
                 train_rows.append(row)
+    return train_rows, eval_rows
+
+
+def main():
+    args = parse_args()
+    rank, world_size, device = setup()
+
+    # ---- 1. The pairs, the model and the optimizer.
+    train_rows, eval_rows = load_train_and_eval(args, rank, world_size)
     check_pair_sizes(train_rows, eval_rows, args, world_size)
     model, processor = load_reward_model(args, device, world_size)
     vlm_params = [param for param in model.vlm.parameters() if param.requires_grad]
     head_params = [model.reward_embedding, *model.heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        [dict(params=vlm_params), dict(params=head_params)], lr=args.lr, weight_decay=0)
+    # A constant that is added to all mu has no gradient but rounding errors: eps keeps Adam from
+    # making steps of them.
+    optimizer = torch.optim.AdamW([
+        dict(params=vlm_params, peak_lr=args.lr),
+        dict(params=head_params, peak_lr=args.head_lr, eps=1e-6)], weight_decay=0)
     num_steps = args.epochs * (len(train_rows) // args.batch_size)
+    # A run that is complete may be resumed with another --bench, to score that too.
     settings = {name: value for name, value in vars(args).items() if name != "bench"}
     run = start_run(settings, num_steps, model, optimizer, rank)
 
@@ -445,8 +474,8 @@ def main():
             local_loss += loss.item()
 
         # ---- 4. The optimizer step.
-        optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, args.lr)
-        optimizer.param_groups[1]["lr"] = learning_rate(step, num_steps, args.head_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps, group["peak_lr"])
         grad_norm = clip_gradients(vlm_params + head_params, step)
         optimizer.step()
         optimizer.zero_grad()

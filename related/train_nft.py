@@ -1,15 +1,15 @@
-"""DiffusionNFT: train an image editor on its own edits, good and bad, without a random sampler.
+"""DiffusionNFT: train an image editor on its own edits, good and bad, without an SDE.
 
 DiffusionNFT (arXiv 2509.16117) trained the editors of UniWorld-V2 (arXiv 2510.16888). This script
 stands beside train_flow_grpo.py and differs only where the method differs. Flow-GRPO rewards the
-steps of the sampler. NFT rewards finished edits: it adds noise to an edit again, as in pretraining,
-and moves the velocity towards a good edit and away from a bad one.
+random steps of the sampler. NFT rewards finished edits: it adds fresh noise to an edit, as in
+pretraining, and moves the velocity there towards a good edit and away from a bad one.
 
-    policy     the editor with its LoRA: it turns noise into an edit by the ODE, with any solver
-    old        a second LoRA, which draws the edits and follows the trained one slowly
+    policy     the editor with its LoRA: by the ODE, with any solver, it turns noise into an edit
+    old        a second LoRA, a copy that lags behind the trained one; it draws the edits
     action     a whole edit: its latents x0
     reward     tau from 0 to 10, from a vision-language model (VLM)
-    group      the G edits of one prompt; a group that can teach nothing is dropped
+    group      the G edits of one prompt; a group that has little to teach is dropped
     reference  the editor without a LoRA; a small term keeps the policy near it
 
 One training step of one rank, with P prompts, S latent tokens of C channels, K noise levels:
@@ -18,42 +18,52 @@ One training step of one rank, with P prompts, S latent tokens of C channels, K 
       -> P G images, latents x0        draw_edits       (G, S, C) for each prompt, by the old LoRA
       -> rewards (P, G)                score_edits      NaN if there is no score
       -> advantages (P, G)             nft_advantages   NaN for what is not trained on
-      -> K noise levels per edit       draw_noise       t (n K,) and noise (n K, S, C)
-      -> a loss per edit and level     nft_terms        three velocities: trained, old, reference
-      -> --num_minibatches optimizer steps, then the old LoRA follows: update_lora, follow
+      -> t (m K,), noise (m K, S, C)   draw_noise       for the m edits of a prompt that are kept
+      -> a loss per edit and level     nft_terms        from three velocities
+      -> --num_minibatches optimizer steps, then the old LoRA follows: update_lora_nft, follow
 
-With b = STRENGTH and w = the mean |error| of that side, without gradient:
+An edit x0 with noise at the level t, and its velocity u there (t is what the sampler calls sigma):
+
+    x_t    = (1 - t) x0 + t noise,  u = noise - x0                                 nft_terms
+    v, v_old, v_ref = what the trained LoRA, the old one and none predict at x_t   nft_terms
+
+With b = STRENGTH and c = ADVANTAGE_CLIP (5):
 
     A      = (tau - mean tau of the group) / (std of all tau of the step + 1e-4)   nft_advantages
-    x_t    = (1 - t) x0 + t noise                                                  nft_terms
     v+     = v_old + b (v - v_old)          v- = v_old - b (v - v_old)             nft_loss
-    error± = (x_t - t v±) - x0, how far the edit that v± predicts is from x0       nft_loss
-    l±     = mean over the S C dimensions of error±^2 / w±                         nft_loss
-    rho    = 1/2 + clip(A, -5, 5) / 10                                             nft_loss
-    loss   = 5 / b (rho l+ + (1 - rho) l-)  +  beta mean (v - v_ref)^2             nft_terms
-    old   <- eta old + (1 - eta) trained,  eta = min(.001 n, .5) at optimizer step n    follow
+    error± = (x_t - t v±) - x0: how far the edit that v± predicts is from x0       nft_loss
+    w±     = the mean |error±|, without gradient                                   nft_loss
+    l±     = the mean of error±^2 over the S C dimensions / w±                     nft_loss
+    rho    = (1 + clip(A, -c, c) / c) / 2, from 0 to 1                             nft_loss
+    loss   = c / b (rho l+ + (1 - rho) l-)  +  beta mean (v - v_ref)^2             nft_terms
+    old   <- eta old + (1 - eta) trained,  eta = min(.001 i, .5) after i updates   follow
 
-What this loss does. Before the first update v = v_old, and the gradient is A times that of flow
-matching on x0: imitate for A > 0, flee for A < 0. If w were constant, the minimum would be v_old +
-A / (5 b) (u - v_old) with u = noise - x0, a distance that |A| decides. But w shrinks with the
-error, so v runs on to v_old + sign(A) / b (u - v_old) whatever |A| is; |A| only weighs the edits
-against each other. The learning rate and the steps, not b, decide how far the policy moves.
+What this loss does. The old LoRA is almost the trained one, so v is near v_old in nearly every
+update. There the gradient of the loss is that of A l+, where l+ is flow matching on x0 with the
+weight 1 / w: the editor imitates an edit with A > 0 and flees from one with A < 0. How far b and
+|A| would move v in the end matters less. For one edit alone, with a constant w, the minimum is
+v_old + A / (c b) (u - v_old). But w shrinks with the error, and with it v runs on to v_old +
+sign(A) / b (u - v_old), whatever |A| is.
 
 A worked number: four edits score 8, 6, 4 and NaN, and the std of all scores of the step is 2. Then
-A = 1, 0, -1 and NaN, and rho = 0.6, 0.5 and 0.4. An edit with A = 0 pulls as much as it pushes.
+A = 1, 0, -1 and NaN, and rho = 0.6, 0.5 and 0.4.
 
 Three rewards, --reward_type:
-    verdict     the score of the greedy verdict of stage 4's model, as in train_flow_grpo.py
-    expected    that verdict, but the mean over the first digits that its score could begin with
-    direct      UniWorld-V2's: a VLM that was not trained for it names a digit from 0 to 5 at once;
-                the reward is twice the mean over the six digits' probabilities, without reasoning
+    verdict     the score of the greedy verdict that a VLM trained by train_gcpo.py writes
+    expected    that verdict, but the expected score under the probabilities of its first digit
+    direct      UniWorld-V2's: an untrained VLM rates the edit with one digit from 0 to 5, without
+                reasoning; the reward is twice the expected digit
 
     python related/train_nft.py --toy --prompts principles.jsonl \
         --editor toy/models/editor --reward gcpo/model --out nft
     torchrun --nproc-per-node=8 related/train_nft.py --prompts principles.jsonl \
         --editor black-forest-labs/FLUX.1-Kontext-dev --reward http://host:8000/v1 --out nft
 
-Files and rows are those of train_flow_grpo.py.
+A line of principles.jsonl. Principles are questions that the reward model answers before it scores:
+    {"id": "7", "source": "7.png", "instruction": "remove the dog", "principles":
+     [{"category": "follow", "question": "Is the dog gone?"}]}
+--out gets lora/ (pipe.load_lora_weights loads it), checkpoint.pt (for --resume), config.json,
+metrics.jsonl and samples/ (evaluation edits).
 
 Differences from UniWorld-V2 and its code:
     1. Groups are the edits of one row. Its code groups by the text of the instruction, and so joins
@@ -62,10 +72,11 @@ Differences from UniWorld-V2 and its code:
        are left on all ranks. Its code multiplies them by 0.
     3. A group is dropped if its std is at most --min_std or its mean at least MAX_MEAN, as in the
        code (.05 and .9 of a score from 0 to 1). The paper says "and".
-    4. No CFG for Qwen-Image-Edit in training, as there. No EMA of the weights.
+    4. Qwen-Image-Edit has no CFG here, as there, in the evaluation too. No EMA of the weights.
 
-Metrics: as in train_flow_grpo.py; and groups_kept, the share of groups that are not dropped;
-change, the mean (v - v_old)^2; distance, the mean (v - v_ref)^2, which grows slowly.
+Metrics: reward, reward_std (within groups), parse_rate and eval_reward, as in train_flow_grpo.py;
+groups_kept, the share that is not dropped; change, the mean (v - v_old)^2; distance, the mean
+(v - v_ref)^2, which should grow slowly; grad_norm of the last mini-batch, before clipping to 1.
 """
 import argparse
 import base64
@@ -99,6 +110,7 @@ TOY = dict(num_eval=48, prompts_per_step=8, group_size=16, solver="euler", resol
            max_new_tokens=128, steps=24, num_minibatches=4, lr=2e-3, num_train_sigmas=2, beta=0.1,
            lora_rank=16, micro_batch_size=48, eval_every=8)
 STRENGTH = 1.0                      # b, how far v+ and v- are from v_old
+ADVANTAGE_CLIP = 5.0                # c
 MAX_MEAN = 9.0                      # a group with a mean reward from here on is solved
 REWARD_BATCH_SIZE = 64              # verdicts per generation batch of a rank
 LORA_SCALE = 2                      # alpha / rank
@@ -138,16 +150,16 @@ def parse_args():
                         help="Optimizer steps per training step, each on different prompts.")
     update.add_argument("--lr", type=float, default=3e-4, help="The constant learning rate.")
     update.add_argument("--num_train_sigmas", type=int, default=5,
-                        help="K, the noise levels at which an edit is trained, of the rollout's.")
+                        help="K: train each edit at K of the rollout's noise levels.")
     update.add_argument("--min_std", type=float, default=0.5,
-                        help="Drop groups whose rewards have at most this std; -1 keeps all.")
+                        help="Drop groups whose rewards have at most this std.")
     update.add_argument("--beta", type=float, default=1e-4,
-                        help="The weight of the distance to the base editor; 0 does not compute it.")
+                        help="The weight of the distance to the base editor; 0 skips it.")
     update.add_argument("--lora_rank", type=int, default=32, help="LoRA's r; its alpha is 2 r.")
 
     run = parser.add_argument_group("run")
     run.add_argument("--micro_batch_size", type=int, default=12,
-                     help="Edits of one prompt per pass of the transformer.")
+                     help="Edits (or noised edits) of one prompt per pass.")
     run.add_argument("--eval_every", type=int, default=20,
                      help="The training steps between evaluations, which also save a checkpoint.")
     run.add_argument("--seed", type=int, default=0, help="The seed of all random numbers.")
@@ -256,7 +268,7 @@ def nft_advantages(rewards, all_rewards, min_std):
     """A of each edit: (P, G) -> (P, G). It is NaN for an edit that is not trained on.
 
     all_rewards are those of all ranks, whose std scales A. NaN rewards are left out of everything,
-    and so are groups that teach nothing: all edits are alike, or nearly all of them are good.
+    and so are groups with little to teach: all edits score alike, or nearly all of them are good.
     """
     advantages = torch.full_like(rewards, math.nan)
     scored = all_rewards[~all_rewards.isnan()]
@@ -271,19 +283,20 @@ def nft_advantages(rewards, all_rewards, min_std):
 
 
 def nft_loss(v, v_old, x_t, x0, t, advantage, strength):
-    """The loss of each edit at its noise level t: v, v_old, x_t, x0 (B, S, C), t, A (B,) -> (B,)."""
+    """The loss of each noised edit: v, v_old, x_t, x0 (B, S, C), t, advantage (B,) -> (B,)."""
     t = t[:, None, None]
     change = strength * (v - v_old)
 
     def weighted_error(velocity):
         error = (x_t - t * velocity) - x0
-        weight = error.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)
-        return (error.square() / weight).mean((1, 2))                       # (B,)
+        scale = error.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)         # w
+        return (error.square() / scale).mean((1, 2))                        # (B,)
 
-    rho = 0.5 + advantage.clamp(-5, 5) / 10
+    clipped = advantage.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+    rho = (1 + clipped / ADVANTAGE_CLIP) / 2
     towards = weighted_error(v_old + change)
     away = weighted_error(v_old - change)
-    return 5 / strength * (rho * towards + (1 - rho) * away)
+    return ADVANTAGE_CLIP / strength * (rho * towards + (1 - rho) * away)
 
 
 def expected_value(logits, values):
@@ -295,21 +308,22 @@ def expected_value(logits, values):
 class Estimate:
     """What dpm2 keeps of its last step."""
     x0: torch.Tensor                    # (B, S, C): the edit that was predicted there
-    log_snr: torch.Tensor               # log((1 - sigma) / sigma)
+    half_log_snr: torch.Tensor          # log((1 - sigma) / sigma)
 
 
 def dpm2_velocity(x, velocity, sigma, sigma_next, last):
     """The velocity of a second-order step of DPM-Solver++, and the Estimate for the next step.
 
-    It continues the change of the predicted edit from the last step to this one. The first step,
-    the one after sigma = 1 and the one to sigma = 0 are Euler steps, as in diffusers.
+    x, velocity (B, S, C); last: the Estimate of the last step, or None. The predicted edit is
+    extrapolated from its change since the last step. The first step, the one after sigma = 1 and
+    the one to sigma = 0 are Euler steps, as in diffusers: that leaves three of six.
     """
     x0 = x - sigma * velocity
-    log_snr = ((1 - sigma) / sigma).log()
-    estimate = Estimate(x0, log_snr)
-    if last is not None and last.log_snr.isfinite() and sigma_next > 0:
-        log_snr_next = ((1 - sigma_next) / sigma_next).log()
-        ratio = (log_snr - last.log_snr) / (log_snr_next - log_snr)
+    now = ((1 - sigma) / sigma).log()
+    estimate = Estimate(x0, half_log_snr=now)
+    if last is not None and last.half_log_snr.isfinite() and sigma_next > 0:
+        next_one = ((1 - sigma_next) / sigma_next).log()
+        ratio = (now - last.half_log_snr) / (next_one - now)
         x0 = x0 + (x0 - last.x0) / (2 * ratio)
     return (x - x0) / sigma, estimate
 
@@ -489,8 +503,8 @@ def add_loras(model, layer_names, lora_rank):
     """Freeze the model, and add two LoRAs to every layer whose name ends with one of layer_names.
 
     layer(h) becomes layer(h) + LORA_SCALE * B(A(h)). model.active_lora says whose A and B: the
-    "trained" ones (parameters), the "old" ones (buffers) or, if it is None, no LoRA at all. B is 0
-    at first. Returns the parameters, in fp32.
+    "trained" ones (parameters), the "old" ones (buffers: in the checkpoint, but not for the
+    optimizer) or, if it is None, no LoRA at all. B is 0 at first. Returns the parameters, in fp32.
     """
     model.requires_grad_(False)
     model.active_lora = "trained"
@@ -517,7 +531,7 @@ def add_loras(model, layer_names, lora_rank):
 
 @torch.no_grad()
 def follow(model, num_updates):
-    """Move the old LoRA towards the trained one, after so many optimizer steps."""
+    """Move the old LoRA to the trained one; num_updates: the optimizer steps so far."""
     eta = min(0.001 * num_updates, 0.5)
     for layer in model.modules():
         if hasattr(layer, "old_A"):
@@ -568,8 +582,8 @@ def score_edits(reward_model, prompts, images, group_size, args):
 def digit_logits(reward_model, chats, replies, num_digits):
     """The logits of the digits 0 to num_digits - 1 as the next token: (R, num_digits), in fp32.
 
-    The next token is the one after these beginnings of the replies. Only the digits' rows of the
-    output matrix are multiplied, so that no (R, V) logits are made in bf16.
+    The next token is the one after these beginnings of R replies. In bf16 a logit near 20 is off by
+    up to 0.06, so only the hidden state is; the digits' rows of the output matrix are in fp32.
     """
     processor = reward_model.processor
     tokenizer = processor.tokenizer
@@ -592,8 +606,9 @@ def digit_logits(reward_model, chats, replies, num_digits):
 def score_edits_expected(reward_model, prompts, images, group_size, args):
     """Like score_edits, but the mean over the first digits that the score could begin with.
 
-    The reasoning and the answers are those of the greedy verdict. A first digit counts for the
-    middle of its scores (7 for 7.5). But 1 may also begin a 10: it counts for the greedy score.
+    The reasoning and the answers are those of the greedy verdict. This is an approximation: a first
+    digit counts for the middle of its scores (7 for 7.5), and 1, which may also begin a 10, for the
+    score of the greedy verdict.
     """
     scores = []
     prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
@@ -606,7 +621,7 @@ def score_edits_expected(reward_model, prompts, images, group_size, args):
         texts = [reply.text for reply in reward_model.generate(chats, args.max_new_tokens)]
         beginnings = [text[:text.rfind("<score>") + len("<score>")] for text in texts]
         logits = digit_logits(reward_model, chats, beginnings, 10).cpu()
-        for prompt, text, row_logits in zip(batch_prompts, texts, logits):
+        for prompt, text, row_logits in zip(batch_prompts, texts, logits):      # (10,) each
             verdict = parse_verdict(text, len(prompt.row["principles"]))
             if verdict is None:
                 scores.append(math.nan)
@@ -709,7 +724,7 @@ def solve_ode(editor, cond, x, args):
 
 
 def draw_noise(prompt, edit_indices, sigmas, step, args):
-    """K noise levels t of each edit, all different, and noise: (n K,) and (n K, S, C).
+    """K distinct noise levels t for each of m edits, and noise: (m K,) and (m K, S, C).
 
     Each edit has its own seed, so that its noise does not depend on the other edits.
     """
@@ -726,9 +741,9 @@ def draw_noise(prompt, edit_indices, sigmas, step, args):
 
 
 def nft_terms(editor, cond, x0, t, noise, advantage, args):
-    """Loss, change and distance of B edits, each at its own noise level t: (B,) each."""
+    """Loss, change and distance of B noised edits, each at its own noise level t: (B,) each."""
     transformer = editor.pipe.transformer
-    x_t = torch.lerp(x0, noise, t[:, None, None])
+    x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise            # (B, S, C)
     with torch.no_grad():
         transformer.active_lora = "old"
         v_old = editor.predict_velocity(x_t, t, cond)
@@ -752,7 +767,7 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
     distances = []
     trained = ~advantages.isnan()                                           # (P, G)
     for prompt_indices in np.array_split(np.arange(len(prompts)), args.num_minibatches):
-        # The loss is a mean over all noise levels of all edits that are trained on, on all ranks.
+        # A term is one edit at one noise level. The loss is a mean over the terms of all ranks.
         num_local_terms = trained[prompt_indices].sum().item() * args.num_train_sigmas
         num_total_terms = sum(all_gather_lists([num_local_terms]))
         for param in params:
@@ -766,11 +781,11 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
                                 args.num_inference_steps).cpu()
             t, noise = draw_noise(prompts[p], edit_indices, sigmas, step, args)
             edit_of_term = torch.tensor(edit_indices).repeat_interleave(args.num_train_sigmas)
-            for batch in torch.arange(len(t)).split(args.micro_batch_size):
-                edits = edit_of_term[batch]
+            for terms in torch.arange(len(t)).split(args.micro_batch_size):
+                edits = edit_of_term[terms]
                 x0 = latents[p][edits.to(latents[p].device)]
                 loss, change, distance = nft_terms(
-                    editor, cond, x0, t[batch].to(x0), noise[batch].to(x0),
+                    editor, cond, x0, t[terms].to(x0), noise[terms].to(x0),
                     advantages[p, edits].to(x0), args)
                 (loss.sum() / num_total_terms).backward()
                 changes.extend(change.tolist())
@@ -800,9 +815,9 @@ def evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args)
     editor.pipe.transformer.active_lora = "trained"
     images, _ = draw_edits(editor, prompts, group_size=1, seed_key="held out", args=args)
     scores = []
-    if prompts:
-        score = REWARDS[args.reward_type]
-        scores = score(reward_model, prompts, images, 1, args).flatten().tolist()
+    if prompts:                                     # a rank may have none
+        score_images = REWARDS[args.reward_type]
+        scores = score_images(reward_model, prompts, images, 1, args).flatten().tolist()
     rows = []
     for i, image, score in zip(indices, images, scores):
         image.save(folder / f"{i:03d}.png")
@@ -854,7 +869,7 @@ def main():
     guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # no CFG; Kontext's default
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
     reward_model = VLM(args.reward, served_model="", device=device)
-    score = REWARDS[args.reward_type]
+    score_images = REWARDS[args.reward_type]
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
     params = add_loras(pipe.transformer, editor.lora_layers, args.lora_rank)
     if device.type == "cuda":
@@ -884,7 +899,7 @@ def main():
         images, latents = draw_edits(editor, prompts, args.group_size, seed_key=step, args=args)
 
         # ---- 3. Rewards and advantages; groups that teach nothing are dropped.
-        rewards = score(reward_model, prompts, images, args.group_size, args)       # (P, G)
+        rewards = score_images(reward_model, prompts, images, args.group_size, args)        # (P, G)
         all_rewards = torch.tensor(all_gather_lists(rewards.tolist()))      # of all ranks
         if all_rewards.isnan().all():
             raise SystemExit(f"step {step}: no verdict could be parsed. Is {args.reward} a reward "

@@ -19,32 +19,32 @@ SMALL = ("--toy", "--num_eval", 4, "--epochs", 2, "--batch_size", 4, "--micro_ba
 
 # ---------------------------------------------------------------- the mathematics
 
-@pytest.mark.parametrize("s, tolerance", [(0.5, 1e-5), (2.0, 1e-4), (4.0, 2e-3)])
-def test_log_prefer_against_a_fine_grid(s, tolerance):
+@pytest.mark.parametrize("s, tolerance", [(0.5, 1e-5), (2.0, 1e-4), (4.0, 1e-4), (8.0, 0.03)])
+def test_log_preference_against_a_fine_grid(s, tolerance):
     x = torch.linspace(-12, 12, 200_001).double()
     density = torch.exp(-x.square() / 2)
     for m in (-6.0, -2.0, 0.0, 1.0, 5.0):
         wanted = ((density * torch.sigmoid(m + s * x)).sum() / density.sum()).log()
-        found = E.log_prefer(torch.tensor(m).double(), torch.tensor(s).double(), "exact")
+        found = E.log_preference(torch.tensor(m).double(), torch.tensor(s).double(), "exact")
         assert found.item() == pytest.approx(wanted.item(), abs=tolerance)
 
 
 def test_both_orders_share_one_probability():
     m, s = torch.meshgrid(torch.linspace(-6, 6, 25), torch.linspace(0, 4, 9), indexing="ij")
-    total = E.log_prefer(m, s, "exact").exp() + E.log_prefer(-m, s, "exact").exp()
+    total = E.log_preference(m, s, "exact").exp() + E.log_preference(-m, s, "exact").exp()
     assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["exact", "bound", "bradley_terry"])
 def test_without_a_width_it_is_bradley_terry(loss):
     m = torch.linspace(-5, 5, 11)
-    assert torch.allclose(E.log_prefer(m, torch.zeros_like(m), loss), torch.sigmoid(m).log(), atol=1e-5)
+    assert torch.allclose(E.log_preference(m, torch.zeros_like(m), loss), torch.sigmoid(m).log(), atol=1e-5)
 
 
 def pull_on_sigma(m, loss):
     """Where a gradient step moves log s at s = 1."""
     log_s = torch.zeros((), requires_grad=True)
-    E.log_prefer(torch.tensor(m), log_s.exp(), loss).backward()
+    E.log_preference(torch.tensor(m), log_s.exp(), loss).backward()
     return log_s.grad.item()
 
 
@@ -52,7 +52,7 @@ def test_a_wrong_pair_widens_the_exact_loss_only():
     assert pull_on_sigma(-2.0, "exact") > 0.4 and pull_on_sigma(2.0, "exact") < -0.05
     assert abs(pull_on_sigma(0.0, "exact")) < 1e-6
     assert all(pull_on_sigma(m, "bound") < -0.1 for m in (-2.0, 0.0, 2.0))
-    worked = [-E.log_prefer(torch.tensor(-2.0), torch.tensor(s), loss).item()
+    worked = [-E.log_preference(torch.tensor(-2.0), torch.tensor(s), loss).item()
               for loss in ("exact", "bound") for s in (1.0, 4.0)]
     assert worked == pytest.approx([1.86, 1.13, 2.18, 2.93], abs=0.005)     # as in the docstring
 
@@ -80,7 +80,7 @@ def test_pair_loss_by_brute_force():
                 continue
             s = log_sigma[i, :, d].exp().square().sum().sqrt()
             m = mu[i, 0, d] - mu[i, 1, d]
-            wins, loses = E.log_prefer(m, s, "exact"), E.log_prefer(-m, s, "exact")
+            wins, loses = E.log_preference(m, s, "exact"), E.log_preference(-m, s, "exact")
             wanted -= labels[i, d] * wins + (1 - labels[i, d]) * loses
         assert found[i].item() == pytest.approx(wanted.item(), rel=1e-5)
     assert torch.allclose(E.pair_loss(mu.flip(1), log_sigma.flip(1), 1 - labels, "exact"), found)
@@ -150,7 +150,7 @@ def test_the_added_position_is_the_only_new_input(vlm, toy_rows):
     model, processor = E.load_reward_model(SimpleNamespace(model=vlm, seed=0), torch.device("cpu"), 1)
     chats = [E.rating_chat(E.open_image(folder / "x", row, "source"), E.open_image(folder / "x", row, "right"),
                            row["instruction"]) for row in rows[:3]]
-    inputs = E.score_inputs(processor, chats)
+    inputs = E.reward_inputs(processor, chats)
     with torch.no_grad():
         mu, log_sigma = model(inputs)
         state = model.vlm.model(**inputs).last_hidden_state[:, -1]      # its embedding is still that of the end token
@@ -163,7 +163,7 @@ def test_the_added_position_is_the_only_new_input(vlm, toy_rows):
         assert torch.equal(model.vlm(**processor(chats)).logits[:, -2], before)
         for i in range(3):                                              # padding changes nothing
             model.reward_embedding.copy_(model.vlm.get_input_embeddings().weight[processor.tokenizer.eos_token_id])
-            alone = model(E.score_inputs(processor, chats[i:i + 1]))[0]
+            alone = model(E.reward_inputs(processor, chats[i:i + 1]))[0]
             assert torch.allclose(alone[0], mu[i], atol=1e-4)
 
 

@@ -95,11 +95,11 @@ def test_table3_from_scores(tmp_path):
                      O=o + (steps == 28)) for k in range(5)])
         if reward:
             write_rows(tmp_path / folder / "curve.jsonl", [
-                {"step": 0, "reward": 4.0, "oracle O": 5.0}, {"step": 5, "reward": 1.0, "oracle O": 1.0},
-                {"step": 9, "reward": reward, "oracle O": o}])
+                {"step": 0, "reward": 4.0, "oracle O": 5.0, "oracle PQ": 7.0},
+                {"step": 9, "reward": reward, "oracle O": o, "oracle PQ": 8.0}])
 
     scores("editor", 5.0)
-    for folder, o, reward in (("rl/0", 6.0, 7.0), ("rl/1", 7.0, 8.0), ("sft/0", 5.5, 9.0), ("hacked/0", 4.0, 9.5)):
+    for folder, o, reward in (("rl/0", 6.0, 7.0), ("rl/1", 7.0, 8.0), ("sft/0", 5.5, 9.0), ("base/0", 4.0, 9.5)):
         scores(folder, o, reward)
     summary.save_csv(tmp_path / "table3.csv", table3.collect_runs(tmp_path))
     found = summary.load_csv(tmp_path / "table3.csv")
@@ -112,16 +112,16 @@ def test_table3_from_scores(tmp_path):
     assert lines[-1] == "rl - sft: O +0.50 [+0.50, +0.50], PQ +0.00 [+0.00, +0.00]"     # of run 0 only
     steps = table3.steps_table(found).splitlines()
     assert "| rl |  |  | 6.50, +1.50 [+1.50, +1.50] | 7.50, +1.50 [+1.50, +1.50] |" in steps
-    for step in (0, 9):                                     # the edits of the hacked reward
-        here = tmp_path / f"hacked/0/flow/samples/step_{step:06d}"
+    for name, step in (("small_sft", 0), ("small_sft", 9), ("small_rl", 9)):
+        here = tmp_path / f"{name}/0/flow/samples/step_{step:06d}"
         here.mkdir(parents=True)
         world.to_pil(world.render([[0, 0, 5, -1, -1]])[0]).save(here / "0.png")
         write_rows(here / "edits.jsonl", [
             dict(id=str(k), source="0.png", edit="0.png", score=score, instruction="remove the red circle")
             for k, score in enumerate((1.0 + step, None))])                       # None: the verdict could not be read
-    table3.draw_hacking(tmp_path, tmp_path / "table3.png", columns=2)
+    table3.draw_quality(tmp_path, tmp_path / "table3.png", columns=2)
     colors = {color for _, color in Image.open(tmp_path / "table3.png").convert("RGB").getcolors(2 ** 20)}
-    assert all(ImageColor.getrgb(table3.LINES[name][1]) in colors for name in ("rl", "sft", "hacked"))
+    assert all(ImageColor.getrgb(table3.LINES[name][1]) in colors for name in ("rl", "sft"))
 
 
 def test_table3_sh_runs_what_is_there():

@@ -23,10 +23,10 @@ TRAINED_STEPS = 6                   # the denoising steps of Flow-GRPO's rollout
 STEPS = (1, 2, TRAINED_STEPS, 28)
 # row of the table: the editor that Flow-GRPO starts from
 ROWS = dict(teacher="editor", small_sft="editor", small_rl="editor", sft="editor", rl="editor",
-            qwen="editor_qwen", hacked="editor")
+            base="editor", qwen="editor_qwen")
 COMPARED = [("rl", "sft"), ("small_rl", "small_sft"), ("rl", "small_rl")]
-LINES = dict(rl=("RL-RRM", summary.BLUE), sft=("SFT-RRM", summary.ORANGE),
-             teacher=("teacher", pictures.GRAY), hacked=("base VLM", "#b3202c"))
+LINES = dict(rl=("RL-RRM", summary.BLUE), small_rl=("small RL-RRM", "#7fb2dd"),
+             sft=("SFT-RRM", summary.ORANGE), small_sft=("small SFT-RRM", "#f0b27a"))
 
 
 # ---------------------------------------------------------------- from the runs to the CSV
@@ -166,32 +166,32 @@ def steps_table(lines):
 
 # ---------------------------------------------------------------- the picture
 
-def read_curve(folder):
-    """[(step, reward, oracle's O)] on the held-out prompts of one run."""
-    rows = world.read_jsonl(Path(folder, "curve.jsonl"))
-    return [(row["step"], row["reward"], row["oracle O"]) for row in rows]
+def last_edits(out, row, which=-1):
+    """Edits of the held-out prompts in run 0 of a row, the last ones, with the true PQ and O."""
+    path = sorted(Path(out, row, "0/flow/samples").glob("step_*/edits.jsonl"))[which]
+    edits = world.read_jsonl(path)
+    for edit, truth in zip(edits, world.judge_rows(path, edits)):
+        edit |= dict(O=truth["O"], PQ=truth["PQ"], folder=path.parent)
+    return edits
 
 
-def draw_hacking(out, path, columns=7):
-    """Held-out prompts before and after the hacked reward; rewards and truth over the steps."""
-    edits_files = sorted(Path(out, "hacked/0/flow/samples").glob("step_*/edits.jsonl"))
-    moments = []                            # the rows before and after, each with the true O
-    for edits_path in (edits_files[0], edits_files[-1]):
-        rows = world.read_jsonl(edits_path)[:columns]
-        for row, truth in zip(rows, world.judge_rows(edits_path, rows)):
-            row |= dict(O=truth["O"], folder=edits_path.parent)
-        moments.append(rows)
-    shown = []
-    for before, after in zip(*moments):
-        shown.append(pictures.Column(key=before["id"], rows=[before, after], value=None))
-    sheet = pictures.draw_sheet(["before", "after"], shown)
+def draw_quality(out, path, columns=7):
+    """Held-out prompts before and after two rewards; the rewards and the truth over the steps."""
+    labels = ["before", LINES["small_sft"][0], LINES["small_rl"][0]]
+    moments = [last_edits(out, "small_sft", which=0), last_edits(out, "small_sft"),
+               last_edits(out, "small_rl")]
+    shown = [pictures.Column(key=rows[0]["id"], rows=list(rows), value=None)
+             for rows in zip(*moments)]
+    sheet = pictures.draw_sheet(labels, shown[:columns])
     charts = []
-    for i, title in ((1, "the reward's own score"), (2, "the truth: oracle's O")):
+    for name, title in (("reward", "the reward's own score"), ("oracle O", "the truth: O"),
+                        ("oracle PQ", "the truth: PQ")):
         curves = {}
-        for name, (label, color) in LINES.items():
-            if Path(out, name, "0", "curve.jsonl").exists():
-                points = read_curve(Path(out, name, "0"))
-                curves[label] = color, [(point[0], point[i]) for point in points]
+        for row, (label, color) in LINES.items():
+            curve_path = Path(out, row, "0", "curve.jsonl")
+            if curve_path.exists():
+                points = world.read_jsonl(curve_path)
+                curves[label] = color, [(point["step"], point[name]) for point in points]
         charts.append(summary.line_chart(title, curves))
     summary.stack([[sheet], charts]).save(path)
 
@@ -204,8 +204,8 @@ def main():
     args = parser.parse_args()
     if args.out:
         summary.save_csv(args.csv, collect_runs(args.out))
-        if Path(args.out, "hacked/0/curve.jsonl").exists():
-            draw_hacking(args.out, Path(args.out, "table3.png"))
+        if Path(args.out, "small_rl/0/curve.jsonl").exists():
+            draw_quality(args.out, Path(args.csv).with_suffix(".png"))
     lines = summary.load_csv(args.csv)
     print(reward_table(lines) + "\n\n" + steps_table(lines))
 

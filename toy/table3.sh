@@ -53,7 +53,7 @@ for seed in ${2-0 1 2}; do
     row qwen $models/editor_qwen $rl
     if [ $seed = 0 ]; then
         row teacher $models/editor $models/teacher
-        row hacked $models/editor $models/vlm --beta 0        # it scores by chance: reward up, truth down
+        row base $models/editor $models/vlm --beta 0          # it scores by chance
     fi
 done
 python toy/table3.py --out $out

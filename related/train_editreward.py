@@ -37,7 +37,7 @@ A worked number: a wrong pair with m = -2. With s = 1, P = .155 and -log P = 1.8
 P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it costs more.
 
     python related/train_editreward.py --toy --pairs preferences.jsonl --ties ties.jsonl \
-        --model toy/models/direct --bench reward_bench/preferences.jsonl --out editreward
+        --model toy/models/vlm --bench reward_bench/preferences.jsonl --out editreward
     python evaluate.py reward --scores editreward/scores.jsonl --out editreward/reward
 
     reads   rows {"id": "7/0", "source": "7.png", "instruction": "remove the dog", "chosen":

@@ -1,4 +1,4 @@
-"""Train the toy's direct scorer: a VLM that names a digit from 0 to 5 at once, without a word before.
+"""Train the toy's direct scorer: a VLM that names a digit from 0 to 5 at once, and nothing else.
 
 It stands for a large untrained VLM that is asked for a rating, as UniWorld-V2 does, and EditReward
 starts from it: a model that has learned to judge in a single pass. It begins as toy/models/vlm. Its

@@ -69,15 +69,15 @@ def draw(out, name, prompts, *lora):
 def learn(out):
     """Stages 2 to 5; three judges on held-out pairs, the editor before and after on new prompts."""
     rows = principles_of(out, "rl", 120)
-    bench = principles_of(out, "editor_bench", 180)
+    bench = principles_of(out, "editor_bench", 150)
     data, pairs, held = together(
         (edits_of, out, "sft", 110, "--pool", TEACHER, "--inspector", TEACHER),
-        (edits_of, out, "preferences", 160), (edits_of, out, "reward_bench", 220))
+        (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 180))
     together((run_stage, "train_sft.py", "--toy", "--data", data, "--model", VLM,
               "--num_eval", 16, "--eval_every", 100, "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
     together((run_stage, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
-              "--steps", 48, "--num_eval", 12, "--eval_every", 48,
+              "--steps", 40, "--num_eval", 12, "--eval_every", 40,
               "--out", out / "gcpo"),
              (judge, out, "sft", out / "start/model", held))
     together((run_stage, "train_flow_grpo.py", "--toy", "--prompts", rows,

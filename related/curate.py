@@ -168,10 +168,149 @@ def flow_matching_loss(velocity, x0, noise):
     return (velocity - (noise - x0)).square().mean((1, 2))
 
 
-# ------------------------------------------------------------ the editor
+# ------------------------------------------------------------ the phases
+
+@dataclass
+class Example:
+    """A chosen edit, ready for the editor."""
+    x0: torch.Tensor                    # (1, S, C): the latents of the edit
+    cond: object                        # the Conditioning of its prompt
+
+
+@torch.no_grad()
+def encode_edits(editor, rows, args):
+    """Encode the edit, the source image and the instruction of every row."""
+    # In every step anew: what 20,000 edits are encoded to would take 90 GB. The text encoder is on
+    # the GPU only here, since T5 takes 9 GB and the VLM of Qwen-Image-Edit 15 GB.
+    editor.text_encoder.to(editor.pipe.transformer.device)
+    examples = []
+    for row in rows:
+        source = open_image(args.edits, row, "source", max_pixels=4096 * 4096)
+        source = resize_to_area(source, args.resolution)
+        edit = open_image(args.edits, row, "edit", max_pixels=4096 * 4096)
+        edit = edit.resize(source.size, Image.LANCZOS)      # an editor may round the size
+        cond = editor.encode(source, row["instruction"])
+        # Only the latents of this one are used. An edit has latents of the same kind as a source.
+        x0 = editor.encode(edit, row["instruction"]).image_latents
+        examples.append(Example(x0, cond))
+    editor.text_encoder.to("cpu")
+    return examples
+
+
+def draw_noise_levels(editor, x0, num_levels, seed_key):
+    """Noise levels t (K,) from the editor's schedule, and noise (K, S, C), with their own seed."""
+    generator = torch.Generator().manual_seed(derive_seed(*seed_key))
+    sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], 1000)[:-1].cpu()        # without 0
+    # One from each of K equal parts of the schedule: with K > 1 an edit sees high and low noise.
+    places = (torch.arange(num_levels) + torch.rand(num_levels, generator=generator)) / num_levels
+    t = sigmas[(places * 1000).long().clamp(max=999)]       # rounding may give 1000
+    noise = torch.randn((num_levels, *x0.shape[1:]), generator=generator)
+    return t.to(x0), noise.to(x0)
+
+
+def example_loss(editor, example, num_levels, seed_key):
+    """The mean loss of one edit over K noise levels: a scalar."""
+    t, noise = draw_noise_levels(editor, example.x0, num_levels, seed_key)
+    x_t = torch.lerp(example.x0.expand_as(noise), noise, t[:, None, None])          # (K, S, C)
+    velocity = editor.predict_velocity(x_t, t, example.cond)
+    return flow_matching_loss(velocity, example.x0, noise).mean()
+
+
+@torch.no_grad()
+def evaluate(editor, eval_rows, step, run, rank, world_size, args):
+    """The loss on the evaluation edits, always with the same noise."""
+    losses = []
+    rows = eval_rows[rank::world_size]
+    for row, example in zip(rows, encode_edits(editor, rows, args)):
+        seed_key = ("eval", args.seed, row["id"])
+        losses.append(example_loss(editor, example, NUM_EVAL_LEVELS, seed_key).item())
+    losses = all_gather_lists(losses)
+    if rank == 0 and losses:
+        log_step(run, step, dict(eval_loss=sum(losses) / len(losses)))
+
+
+def load_chosen(args, rank, world_size):
+    """The chosen rows for training and for evaluation."""
+    rows = load_jsonl(args.edits, ["source", "instruction", "edit"],
+                      "Draw and score edits with build_sft.py (README, stage 2).")
+    # First split, then choose: whatever is chosen, the evaluation is on the same sources.
+    train_rows, eval_rows = split_by_source(rows, args.num_eval)
+    num_train = len(train_rows)
+    train_rows = choose_edits(train_rows, args.keep, args.select, args.per_prompt, args.seed)
+    eval_rows = choose_edits(eval_rows, args.keep, args.select, args.per_prompt, args.seed)
+    if rank == 0:
+        print(f"{args.edits}: {len(train_rows)} of {num_train} edits were chosen for training, and "
+              f"{len(eval_rows)} of {args.num_eval} for evaluation")
+    if args.batch_size % world_size > 0 or args.batch_size > len(train_rows):
+        raise SystemExit(f"--batch_size must be a multiple of the {world_size} ranks and at most "
+                         f"the {len(train_rows)} edits that --num_eval and --keep leave for "
+                         "training.")
+    check_images(args.edits, train_rows + eval_rows, ["source", "edit"], rank, world_size)
+    return train_rows, eval_rows
+
+
+def main():
+    args = parse_args()
+    rank, world_size, device = setup()
+
+    # ---- 1. The chosen edits, the editor and its LoRA.
+    train_rows, eval_rows = load_chosen(args, rank, world_size)
+    pipe = load_editor(args.editor, device)
+    if type(pipe).__name__ not in EDITORS:
+        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
+    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # no CFG; Kontext's default
+    editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
+    torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
+    params = add_lora(pipe.transformer, editor.lora_layers, args.lora_rank)
+    if device.type == "cuda":
+        pipe.transformer.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+    run = start_run(vars(args), args.steps, pipe.transformer, optimizer, rank)
+    if rank == 0:
+        write_jsonl(run.out / "chosen.jsonl",
+                    [rebase_paths(row, ["source", "edit"], args.edits, run.out / "chosen.jsonl")
+                     for row in train_rows])
+
+    for step in range(run.start_step, args.steps + 1):
+        # ---- 2. Every --eval_every steps and at the end: save, and evaluate.
+        if step % args.eval_every == 0 or step == args.steps:
+            if rank == 0:                           # the LoRA is the same on all ranks
+                save_lora(pipe, run.out / "lora", args.lora_rank)
+            save_checkpoint(run, step, pipe.transformer, optimizer, rank)
+            evaluate(editor, eval_rows, step, run, rank, world_size, args)
+        if step == args.steps:
+            break
+
+        # ---- 3. This rank's edits of the step.
+        indices = batch_indices(len(train_rows), args.batch_size, args.seed, step)
+        rows = [train_rows[i] for i in indices[rank::world_size]]
+
+        # ---- 4. Flow matching on each of them.
+        for param in params:
+            param.grad = torch.zeros_like(param)    # not None, even if nothing depends on it
+        local_loss = 0.0
+        for row, example in zip(rows, encode_edits(editor, rows, args)):
+            seed_key = ("train", args.seed, step, row["id"])
+            loss = example_loss(editor, example, args.num_noise_levels, seed_key) / args.batch_size
+            loss.backward()
+            local_loss += loss.item()
+
+        # ---- 5. The optimizer step.
+        if dist.is_initialized():
+            for param in params:
+                dist.all_reduce(param.grad)         # a sum: each loss was divided by --batch_size
+        grad_norm = clip_gradients(params, step)
+        optimizer.step()
+        step_loss = sum(all_gather_lists([local_loss]))
+        if rank == 0:
+            log_step(run, step, dict(loss=step_loss, grad_norm=grad_norm))
+    cleanup()
+
+
+# ------------------------------------------------------------ as in train_flow_grpo.py
 #
-# Everything specific to an editor family is in this section, one class per family. Both classes
-# have the same methods. For another editor, write a third class and enter it in EDITORS.
+# From here on the functions are those of train_flow_grpo.py, letter for letter: the editors, the
+# LoRA, and the helpers.
 
 @dataclass
 class Conditioning:
@@ -337,8 +476,6 @@ def get_sigmas(scheduler, num_tokens, num_inference_steps):
     return scheduler.sigmas
 
 
-# ------------------------------------------------------------ LoRA
-
 def add_lora(model, layer_names, lora_rank):
     """Freeze the model, and add a LoRA to every layer whose name ends with one of layer_names.
 
@@ -377,149 +514,6 @@ def save_lora(pipe, folder, lora_rank):
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
-
-# ------------------------------------------------------------ the phases
-
-@dataclass
-class Example:
-    """A chosen edit, ready for the editor."""
-    x0: torch.Tensor                    # (1, S, C): the latents of the edit
-    cond: Conditioning
-
-
-@torch.no_grad()
-def encode_edits(editor, rows, args):
-    """Encode the edit, the source image and the instruction of every row."""
-    # In every step anew: what 20,000 edits are encoded to would take 90 GB. The text encoder is on
-    # the GPU only here, since T5 takes 9 GB and the VLM of Qwen-Image-Edit 15 GB.
-    editor.text_encoder.to(editor.pipe.transformer.device)
-    examples = []
-    for row in rows:
-        source = open_image(args.edits, row, "source", max_pixels=4096 * 4096)
-        source = resize_to_area(source, args.resolution)
-        edit = open_image(args.edits, row, "edit", max_pixels=4096 * 4096)
-        edit = edit.resize(source.size, Image.LANCZOS)      # an editor may round the size
-        cond = editor.encode(source, row["instruction"])
-        # Only the latents of this one are used. An edit has latents of the same kind as a source.
-        x0 = editor.encode(edit, row["instruction"]).image_latents
-        examples.append(Example(x0, cond))
-    editor.text_encoder.to("cpu")
-    return examples
-
-
-def draw_noise_levels(editor, x0, num_levels, seed_key):
-    """Noise levels t (K,) from the editor's schedule, and noise (K, S, C), with their own seed."""
-    generator = torch.Generator().manual_seed(derive_seed(*seed_key))
-    sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], 1000)[:-1].cpu()        # without 0
-    # One from each of K equal parts of the schedule: with K > 1 an edit sees high and low noise.
-    places = (torch.arange(num_levels) + torch.rand(num_levels, generator=generator)) / num_levels
-    t = sigmas[(places * 1000).long().clamp(max=999)]       # rounding may give 1000
-    noise = torch.randn((num_levels, *x0.shape[1:]), generator=generator)
-    return t.to(x0), noise.to(x0)
-
-
-def example_loss(editor, example, num_levels, seed_key):
-    """The mean loss of one edit over K noise levels: a scalar."""
-    t, noise = draw_noise_levels(editor, example.x0, num_levels, seed_key)
-    x_t = torch.lerp(example.x0.expand_as(noise), noise, t[:, None, None])          # (K, S, C)
-    velocity = editor.predict_velocity(x_t, t, example.cond)
-    return flow_matching_loss(velocity, example.x0, noise).mean()
-
-
-@torch.no_grad()
-def evaluate(editor, eval_rows, step, run, rank, world_size, args):
-    """The loss on the evaluation edits, always with the same noise."""
-    losses = []
-    rows = eval_rows[rank::world_size]
-    for row, example in zip(rows, encode_edits(editor, rows, args)):
-        seed_key = ("eval", args.seed, row["id"])
-        losses.append(example_loss(editor, example, NUM_EVAL_LEVELS, seed_key).item())
-    losses = all_gather_lists(losses)
-    if rank == 0 and losses:
-        log_step(run, step, dict(eval_loss=sum(losses) / len(losses)))
-
-
-def load_chosen(args, rank, world_size):
-    """The chosen rows for training and for evaluation."""
-    rows = load_jsonl(args.edits, ["source", "instruction", "edit"],
-                      "Draw and score edits with build_sft.py (README, stage 2).")
-    # First split, then choose: whatever is chosen, the evaluation is on the same sources.
-    train_rows, eval_rows = split_by_source(rows, args.num_eval)
-    num_train = len(train_rows)
-    train_rows = choose_edits(train_rows, args.keep, args.select, args.per_prompt, args.seed)
-    eval_rows = choose_edits(eval_rows, args.keep, args.select, args.per_prompt, args.seed)
-    if rank == 0:
-        print(f"{args.edits}: {len(train_rows)} of {num_train} edits were chosen for training, and "
-              f"{len(eval_rows)} of {args.num_eval} for evaluation")
-    if args.batch_size % world_size > 0 or args.batch_size > len(train_rows):
-        raise SystemExit(f"--batch_size must be a multiple of the {world_size} ranks and at most "
-                         f"the {len(train_rows)} edits that --num_eval and --keep leave for "
-                         "training.")
-    check_images(args.edits, train_rows + eval_rows, ["source", "edit"], rank, world_size)
-    return train_rows, eval_rows
-
-
-def main():
-    args = parse_args()
-    rank, world_size, device = setup()
-
-    # ---- 1. The chosen edits, the editor and its LoRA.
-    train_rows, eval_rows = load_chosen(args, rank, world_size)
-    pipe = load_editor(args.editor, device)
-    if type(pipe).__name__ not in EDITORS:
-        raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # no CFG; Kontext's default
-    editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
-    torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
-    params = add_lora(pipe.transformer, editor.lora_layers, args.lora_rank)
-    if device.type == "cuda":
-        pipe.transformer.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
-    run = start_run(vars(args), args.steps, pipe.transformer, optimizer, rank)
-    if rank == 0:
-        write_jsonl(run.out / "chosen.jsonl",
-                    [rebase_paths(row, ["source", "edit"], args.edits, run.out / "chosen.jsonl")
-                     for row in train_rows])
-
-    for step in range(run.start_step, args.steps + 1):
-        # ---- 2. Every --eval_every steps and at the end: save, and evaluate.
-        if step % args.eval_every == 0 or step == args.steps:
-            if rank == 0:                           # the LoRA is the same on all ranks
-                save_lora(pipe, run.out / "lora", args.lora_rank)
-            save_checkpoint(run, step, pipe.transformer, optimizer, rank)
-            evaluate(editor, eval_rows, step, run, rank, world_size, args)
-        if step == args.steps:
-            break
-
-        # ---- 3. This rank's edits of the step.
-        indices = batch_indices(len(train_rows), args.batch_size, args.seed, step)
-        rows = [train_rows[i] for i in indices[rank::world_size]]
-
-        # ---- 4. Flow matching on each of them.
-        for param in params:
-            param.grad = torch.zeros_like(param)    # not None, even if nothing depends on it
-        local_loss = 0.0
-        for row, example in zip(rows, encode_edits(editor, rows, args)):
-            seed_key = ("train", args.seed, step, row["id"])
-            loss = example_loss(editor, example, args.num_noise_levels, seed_key) / args.batch_size
-            loss.backward()
-            local_loss += loss.item()
-
-        # ---- 5. The optimizer step.
-        if dist.is_initialized():
-            for param in params:
-                dist.all_reduce(param.grad)         # a sum: each loss was divided by --batch_size
-        grad_norm = clip_gradients(params, step)
-        optimizer.step()
-        step_loss = sum(all_gather_lists([local_loss]))
-        if rank == 0:
-            log_step(run, step, dict(loss=step_loss, grad_norm=grad_norm))
-    cleanup()
-
-
-# ------------------------------------------------------------ helpers
-#
-# Skip these at a first reading. They are the same in every script that needs them.
 
 def setup():
     """Join the process group that torchrun has set up: (rank, world_size, device)."""

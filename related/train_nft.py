@@ -172,96 +172,6 @@ def parse_args():
     return args
 
 
-# ------------------------------------------------------------ the verdict
-
-VERDICT_RULES = """\
-Judge how well the second image carries out the instruction on the first image. First describe what
-you see. Then answer each question, if there are any, with 1 for yes, or with 0 for no or if you are
-not sure. A change of degree must be clearly visible, a removal must be complete, and a move must be
-large. "Left" and "right" of a person mean that person's own left and right. If a question
-contradicts the instruction, follow the instruction. Everything that the instruction does not
-mention must stay the same: it is worse to change, lose or invent something than to complete only
-half of the edit. The score is your own judgement from 0 to 10, not the average of the answers, and
-it may have decimals: 0 means useless or unedited, 5 half usable, 8 nearly perfect. End with exactly
-these lines, or with the last one alone if there are no questions:
-[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
-{"average_score": the share of ones}
-<score>your score</score>"""
-
-
-def verdict_chat(source, edit, instruction, principles):
-    """The chat that asks for a verdict. Without principles it asks for reasoning and a score."""
-    questions = ""
-    for principle in principles:
-        questions += f"- ({principle['category']}) {principle['question']}\n"
-    if not principles:
-        questions = "none\n"
-    task = f"\nInstruction: {instruction}\nQuestions:\n{questions}{VERDICT_RULES}"
-    return [{"role": "user", "content": [
-        {"type": "text", "text": "Source image: "},
-        {"type": "image", "image": source},
-        {"type": "text", "text": "\nEdited image: "},
-        {"type": "image", "image": edit},
-        {"type": "text", "text": task}]}]
-
-
-class Verdict(NamedTuple):
-    verdict: list           # the answers: 0 or 1 for each question
-    average: float          # the share of ones that the model states, from 0 to 1
-    score: float            # the model's own judgement, from 0 to 10 (tau in the paper)
-
-
-def drop_reasoning(text):
-    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
-
-
-# The parts of a verdict, each with an example. These are not parsed as JSON, because a model may
-# write single quotes.
-NUMBER = r"([0-9]+(?:\.[0-9]+)?)"                                           # 7.5
-SCORE = rf"<score>\s*{NUMBER}\s*</score>"                                   # <score>7.5</score>
-AVERAGE = rf"""\{{\s*["']average_score["']\s*:\s*{NUMBER}\s*\}}"""          # {"average_score": 0.8}
-LIST_START = r"""\[\s*\{\s*["']\w+["']\s*:"""                               # [{"question":
-ANSWER = r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]"""                       # "score": 1}
-
-
-def parse_verdict(text, n_questions):
-    """The verdict at the end of `text`, or None if a part of it is missing or malformed.
-
-    It is read from its end: the score, then the average before it, then the list before that.
-    Nothing is guessed or repaired, apart from Markdown. Without questions a verdict has no list and
-    no average; its average is then score / 10.
-    """
-    # A score inside a thought is only a draft.
-    text = drop_reasoning(text)                     # it may hold a draft of the verdict
-    text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
-    scores = list(re.finditer(SCORE, text))
-    if not scores:
-        return None
-    last_score = scores[-1]
-    score = float(last_score[1])
-    if score > 10:
-        return None
-    text_after = text[last_score.end():]            # other text may follow, but no broken verdict
-    if "<score" in text_after or "average_score" in text_after:
-        return None
-    if n_questions == 0:
-        return Verdict([], score / 10, score)
-
-    text_before = text[:last_score.start()].rstrip()
-    average_match = re.search(rf"{AVERAGE}$", text_before)
-    if average_match is None or float(average_match[1]) > 1:
-        return None
-    text_before = text_before[:average_match.start()].rstrip()
-    list_starts = [match.start() for match in re.finditer(LIST_START, text_before)]
-    if not list_starts or not text_before.endswith("]"):
-        return None
-    answers = re.findall(ANSWER, text_before[list_starts[-1]:])
-    if len(answers) != n_questions or not set(answers) <= {"0", "1"}:
-        return None
-    return Verdict([int(answer) for answer in answers], float(average_match[1]), score)
-
-
 # ------------------------------------------------------------ the mathematics
 
 def nft_advantages(rewards, all_rewards, min_std):
@@ -328,175 +238,6 @@ def dpm2_velocity(x, velocity, sigma, sigma_next, last):
     return (x - x0) / sigma, estimate
 
 
-# ------------------------------------------------------------ the editor
-#
-# Everything specific to an editor family is in this section, one class per family. Both classes
-# have the same methods. For another editor, write a third class and enter it in EDITORS.
-
-@dataclass
-class Conditioning:
-    """The inputs of the transformer for one prompt, apart from x and sigma."""
-    image_latents: torch.Tensor         # (1, S, C): the source image
-    latent_height: int                  # in tokens; S = latent_height * latent_width
-    latent_width: int
-    prompt_embeds: torch.Tensor         # (1, text tokens, embedding size): the instruction
-    position_kwargs: dict               # the positions of all tokens, as the transformer wants them
-    pooled_prompt_embeds: torch.Tensor | None = None        # (1, size), Kontext only
-    negative_prompt_embeds: torch.Tensor | None = None      # Qwen only, for its CFG
-
-
-ATTENTION_LAYERS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
-    "attn.add_v_proj", "attn.to_add_out")
-
-
-class KontextEditor:
-    """FLUX.1-Kontext. It was distilled: its guidance scale is an input of the transformer."""
-    lora_layers = ATTENTION_LAYERS + (
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
-
-    def __init__(self, pipe, guidance_scale):
-        self.pipe = pipe
-        self.guidance_scale = 2.5 if guidance_scale is None else guidance_scale
-        self.text_encoder = pipe.text_encoder_2             # T5, the larger one of the two
-
-    def encode(self, image, instruction):
-        """The Conditioning of one prompt."""
-        pipe = self.pipe
-        device = pipe.transformer.device
-        pixels = pipe.image_processor.preprocess(image).to(device, pipe.vae.dtype)
-        latents = pipe._encode_vae_image(pixels, generator=None)            # (1, C / 4, 2h, 2w)
-        height = latents.shape[2] // 2
-        width = latents.shape[3] // 2
-        prompt_embeds, pooled_prompt_embeds, text_ids = pipe.encode_prompt(
-            instruction, None, device=device,
-            max_sequence_length=pipe.tokenizer_2.model_max_length)
-        # A position is (image, y, x). The edit is image 0 and the source is image 1.
-        edit_ids = pipe._prepare_latent_image_ids(1, height, width, device, torch.float32)
-        source_ids = edit_ids + torch.tensor([1, 0, 0], device=device)
-        return Conditioning(
-            image_latents=pipe._pack_latents(latents, *latents.shape).float(),  # 2 x 2 -> a token
-            latent_height=height, latent_width=width,
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
-            position_kwargs=dict(txt_ids=text_ids, img_ids=torch.cat([edit_ids, source_ids])))
-
-    def predict_velocity(self, x, sigma, cond):
-        """v (B, S, C) at x (B, S, C) and noise level sigma."""
-        batch_size = len(x)
-        return run_transformer(
-            self.pipe.transformer, x, sigma, cond, cond.prompt_embeds,
-            pooled_projections=cond.pooled_prompt_embeds.expand(batch_size, -1),
-            guidance=torch.full((batch_size,), self.guidance_scale, device=x.device))
-
-    def decode(self, x, cond):
-        """Latents x (B, S, C) -> B PIL images."""
-        vae = self.pipe.vae
-        latents = unpack_latents(self.pipe, x, cond)                        # (B, C / 4, 2h, 2w)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
-
-
-class QwenEditor:
-    """Qwen-Image-Edit and its Plus versions, with classifier-free guidance (CFG)."""
-    lora_layers = ATTENTION_LAYERS + (
-        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-
-    def __init__(self, pipe, guidance_scale):
-        self.pipe = pipe
-        self.guidance_scale = 4.0 if guidance_scale is None else guidance_scale
-        self.text_encoder = pipe.text_encoder               # a VLM that also sees the source image
-
-    def encode(self, image, instruction):
-        """The Conditioning of one prompt."""
-        pipe = self.pipe
-        device = pipe.transformer.device
-        pixels = pipe.image_processor.preprocess(image).to(device, pipe.vae.dtype)
-        # Its VAE is made for videos: an image is a video with one frame.
-        latents = pipe._encode_vae_image(pixels[:, :, None], generator=None)[:, :, 0]
-        height = latents.shape[2] // 2
-        width = latents.shape[3] // 2
-        is_plus = "Plus" in type(pipe).__name__
-        vlm_image = resize_to_area(image, 384) if is_plus else image
-        prompt_embeds = pipe.encode_prompt([instruction], [vlm_image], device)[0]
-        negative_prompt_embeds = pipe.encode_prompt([" "], [vlm_image], device)[0]
-        # The shapes (frames, height, width) of the edit and of the source give the positions.
-        shape = (1, height, width)
-        return Conditioning(
-            image_latents=pipe._pack_latents(latents, *latents.shape).float(),  # 2 x 2 -> a token
-            latent_height=height, latent_width=width,
-            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            position_kwargs=dict(img_shapes=[[shape, shape]]))
-
-    def predict_velocity(self, x, sigma, cond):
-        """v (B, S, C) at x (B, S, C): CFG, rescaled to the norm of the conditional velocity."""
-        transformer = self.pipe.transformer
-        v_cond = run_transformer(transformer, x, sigma, cond, cond.prompt_embeds)
-        if self.guidance_scale == 1:
-            return v_cond
-        v_uncond = run_transformer(transformer, x, sigma, cond, cond.negative_prompt_embeds)
-        v = v_uncond + self.guidance_scale * (v_cond - v_uncond)
-        return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
-
-    def decode(self, x, cond):
-        """Latents x (B, S, C) -> B PIL images."""
-        vae = self.pipe.vae
-        latents = unpack_latents(self.pipe, x, cond)                        # (B, C / 4, 1, 2h, 2w)
-        mean = torch.tensor(vae.config.latents_mean, device=x.device).view(-1, 1, 1, 1)
-        std = torch.tensor(vae.config.latents_std, device=x.device).view(-1, 1, 1, 1)
-        latents = latents * std + mean
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0][:, :, 0]
-        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
-
-
-EDITORS = {"FluxKontextPipeline": KontextEditor, "QwenImageEditPipeline": QwenEditor,
-           "QwenImageEditPlusPipeline": QwenEditor}
-
-
-def resize_to_area(image, resolution):
-    """Resize to about resolution^2 pixels and the same aspect; both sides are multiples of 32."""
-    scale = resolution / 32 / math.sqrt(image.width * image.height)
-    width = 32 * max(1, round(scale * image.width))
-    height = 32 * max(1, round(scale * image.height))
-    limit = 200 * min(width, height)            # Qwen-VL refuses an aspect ratio above 200
-    return image.resize((min(width, limit), min(height, limit)), Image.LANCZOS)
-
-
-def run_transformer(transformer, x, sigma, cond, prompt_embeds, **kwargs):
-    """The velocity of x (B, S, C). The source image is appended to x as S further tokens."""
-    batch_size, num_tokens, _ = x.shape
-    image_latents = cond.image_latents.expand(batch_size, -1, -1)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-        output = transformer(
-            hidden_states=torch.cat([x, image_latents], 1),                 # (B, 2S, C)
-            timestep=sigma.expand(batch_size),
-            encoder_hidden_states=prompt_embeds.expand(batch_size, -1, -1),
-            **cond.position_kwargs, **kwargs, return_dict=False)[0]
-    return output[:, :num_tokens].float()
-
-
-def unpack_latents(pipe, x, cond):
-    """Tokens (B, S, C) -> latents of twice the height and width with a quarter of the channels."""
-    pixels_per_token = 2 * pipe.vae_scale_factor
-    return pipe._unpack_latents(x, pixels_per_token * cond.latent_height,
-                                pixels_per_token * cond.latent_width, pipe.vae_scale_factor)
-
-
-def get_sigmas(scheduler, num_tokens, num_inference_steps):
-    """The noise levels from 1 to 0, num_inference_steps + 1 of them, as in diffusers' pipelines.
-
-    A larger image has a larger mu and spends more steps at high noise. (FLUX.2 computes mu in
-    another way.)
-    """
-    config = scheduler.config
-    fraction = ((num_tokens - config.base_image_seq_len)
-                / (config.max_image_seq_len - config.base_image_seq_len))
-    mu = config.base_shift + fraction * (config.max_shift - config.base_shift)
-    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-    return scheduler.sigmas
-
-
 # ------------------------------------------------------------ LoRA
 
 def add_loras(model, layer_names, lora_rank):
@@ -537,21 +278,6 @@ def follow(model, num_updates):
         if hasattr(layer, "old_A"):
             layer.old_A.lerp_(layer.lora_A.weight, 1 - eta)
             layer.old_B.lerp_(layer.lora_B.weight, 1 - eta)
-
-
-def save_lora(pipe, folder, lora_rank):
-    """Save the LoRA so that diffusers' pipe.load_lora_weights(folder) loads it."""
-    tensors = {}
-    for name, param in pipe.transformer.named_parameters():
-        if param.requires_grad:
-            tensors[name] = param
-    layers = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in tensors})
-    # Without this metadata diffusers would assume that alpha = r.
-    metadata = dict(r=lora_rank, lora_alpha=LORA_SCALE * lora_rank, target_modules=layers)
-    temporary = folder.with_name("lora.tmp")
-    pipe.save_lora_weights(temporary, tensors, transformer_lora_adapter_metadata=metadata)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
 
 
 # ------------------------------------------------------------ the reward
@@ -666,29 +392,6 @@ REWARDS = {"verdict": score_edits, "expected": score_edits_expected, "direct": s
 
 
 # ------------------------------------------------------------ the phases of a training step
-
-@dataclass
-class Prompt:
-    """One row of principles.jsonl, ready for the editor."""
-    index: int                          # its place among the prompts of this rank and step
-    row: dict
-    image: Image.Image                  # the source image in the size of the edit
-    cond: Conditioning
-
-
-@torch.no_grad()
-def encode_prompts(editor, rows, args):
-    """Encode the instruction and the source image of every row."""
-    # The text encoder is on the GPU only here: T5 takes 9 GB, the VLM of Qwen-Image-Edit 15 GB.
-    editor.text_encoder.to(editor.pipe.transformer.device)
-    prompts = []
-    for index, row in enumerate(rows):
-        image = open_image(args.prompts, row, "source", max_pixels=4096 * 4096)
-        image = resize_to_area(image, args.resolution)
-        prompts.append(Prompt(index, row, image, editor.encode(image, row["instruction"])))
-    editor.text_encoder.to("cpu")
-    return prompts
-
 
 @torch.no_grad()
 def draw_edits(editor, prompts, group_size, seed_key, args):
@@ -915,9 +618,300 @@ def main():
     cleanup()
 
 
-# ------------------------------------------------------------ helpers
+# ------------------------------------------------------------ as in train_flow_grpo.py
 #
-# Skip these at a first reading. They are the same in every script that needs them.
+# From here on the functions are those of train_flow_grpo.py, letter for letter: the verdict, the
+# editors, one LoRA, the prompts, and the helpers.
+
+VERDICT_RULES = """\
+Judge how well the second image carries out the instruction on the first image. First describe what
+you see. Then answer each question, if there are any, with 1 for yes, or with 0 for no or if you are
+not sure. A change of degree must be clearly visible, a removal must be complete, and a move must be
+large. "Left" and "right" of a person mean that person's own left and right. If a question
+contradicts the instruction, follow the instruction. Everything that the instruction does not
+mention must stay the same: it is worse to change, lose or invent something than to complete only
+half of the edit. The score is your own judgement from 0 to 10, not the average of the answers, and
+it may have decimals: 0 means useless or unedited, 5 half usable, 8 nearly perfect. End with exactly
+these lines, or with the last one alone if there are no questions:
+[{"question": the question, "score": 0 or 1}, ... one entry per question, in order]
+{"average_score": the share of ones}
+<score>your score</score>"""
+
+
+def verdict_chat(source, edit, instruction, principles):
+    """The chat that asks for a verdict. Without principles it asks for reasoning and a score."""
+    questions = ""
+    for principle in principles:
+        questions += f"- ({principle['category']}) {principle['question']}\n"
+    if not principles:
+        questions = "none\n"
+    task = f"\nInstruction: {instruction}\nQuestions:\n{questions}{VERDICT_RULES}"
+    return [{"role": "user", "content": [
+        {"type": "text", "text": "Source image: "},
+        {"type": "image", "image": source},
+        {"type": "text", "text": "\nEdited image: "},
+        {"type": "image", "image": edit},
+        {"type": "text", "text": task}]}]
+
+
+class Verdict(NamedTuple):
+    verdict: list           # the answers: 0 or 1 for each question
+    average: float          # the share of ones that the model states, from 0 to 1
+    score: float            # the model's own judgement, from 0 to 10 (tau in the paper)
+
+
+def drop_reasoning(text):
+    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+# The parts of a verdict, each with an example. These are not parsed as JSON, because a model may
+# write single quotes.
+NUMBER = r"([0-9]+(?:\.[0-9]+)?)"                                           # 7.5
+SCORE = rf"<score>\s*{NUMBER}\s*</score>"                                   # <score>7.5</score>
+AVERAGE = rf"""\{{\s*["']average_score["']\s*:\s*{NUMBER}\s*\}}"""          # {"average_score": 0.8}
+LIST_START = r"""\[\s*\{\s*["']\w+["']\s*:"""                               # [{"question":
+ANSWER = r"""["']score["']\s*:\s*([^\s,}]*)\s*[,}]"""                       # "score": 1}
+
+
+def parse_verdict(text, n_questions):
+    """The verdict at the end of `text`, or None if a part of it is missing or malformed.
+
+    It is read from its end: the score, then the average before it, then the list before that.
+    Nothing is guessed or repaired, apart from Markdown. Without questions a verdict has no list and
+    no average; its average is then score / 10.
+    """
+    # A score inside a thought is only a draft.
+    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
+    scores = list(re.finditer(SCORE, text))
+    if not scores:
+        return None
+    last_score = scores[-1]
+    score = float(last_score[1])
+    if score > 10:
+        return None
+    text_after = text[last_score.end():]            # other text may follow, but no broken verdict
+    if "<score" in text_after or "average_score" in text_after:
+        return None
+    if n_questions == 0:
+        return Verdict([], score / 10, score)
+
+    text_before = text[:last_score.start()].rstrip()
+    average_match = re.search(rf"{AVERAGE}$", text_before)
+    if average_match is None or float(average_match[1]) > 1:
+        return None
+    text_before = text_before[:average_match.start()].rstrip()
+    list_starts = [match.start() for match in re.finditer(LIST_START, text_before)]
+    if not list_starts or not text_before.endswith("]"):
+        return None
+    answers = re.findall(ANSWER, text_before[list_starts[-1]:])
+    if len(answers) != n_questions or not set(answers) <= {"0", "1"}:
+        return None
+    return Verdict([int(answer) for answer in answers], float(average_match[1]), score)
+
+
+@dataclass
+class Conditioning:
+    """The inputs of the transformer for one prompt, apart from x and sigma."""
+    image_latents: torch.Tensor         # (1, S, C): the source image
+    latent_height: int                  # in tokens; S = latent_height * latent_width
+    latent_width: int
+    prompt_embeds: torch.Tensor         # (1, text tokens, embedding size): the instruction
+    position_kwargs: dict               # the positions of all tokens, as the transformer wants them
+    pooled_prompt_embeds: torch.Tensor | None = None        # (1, size), Kontext only
+    negative_prompt_embeds: torch.Tensor | None = None      # Qwen only, for its CFG
+
+
+ATTENTION_LAYERS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+    "attn.add_v_proj", "attn.to_add_out")
+
+
+class KontextEditor:
+    """FLUX.1-Kontext. It was distilled: its guidance scale is an input of the transformer."""
+    lora_layers = ATTENTION_LAYERS + (
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+
+    def __init__(self, pipe, guidance_scale):
+        self.pipe = pipe
+        self.guidance_scale = 2.5 if guidance_scale is None else guidance_scale
+        self.text_encoder = pipe.text_encoder_2             # T5, the larger one of the two
+
+    def encode(self, image, instruction):
+        """The Conditioning of one prompt."""
+        pipe = self.pipe
+        device = pipe.transformer.device
+        pixels = pipe.image_processor.preprocess(image).to(device, pipe.vae.dtype)
+        latents = pipe._encode_vae_image(pixels, generator=None)            # (1, C / 4, 2h, 2w)
+        height = latents.shape[2] // 2
+        width = latents.shape[3] // 2
+        prompt_embeds, pooled_prompt_embeds, text_ids = pipe.encode_prompt(
+            instruction, None, device=device,
+            max_sequence_length=pipe.tokenizer_2.model_max_length)
+        # A position is (image, y, x). The edit is image 0 and the source is image 1.
+        edit_ids = pipe._prepare_latent_image_ids(1, height, width, device, torch.float32)
+        source_ids = edit_ids + torch.tensor([1, 0, 0], device=device)
+        return Conditioning(
+            image_latents=pipe._pack_latents(latents, *latents.shape).float(),  # 2 x 2 -> a token
+            latent_height=height, latent_width=width,
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            position_kwargs=dict(txt_ids=text_ids, img_ids=torch.cat([edit_ids, source_ids])))
+
+    def predict_velocity(self, x, sigma, cond):
+        """v (B, S, C) at x (B, S, C) and noise level sigma."""
+        batch_size = len(x)
+        return run_transformer(
+            self.pipe.transformer, x, sigma, cond, cond.prompt_embeds,
+            pooled_projections=cond.pooled_prompt_embeds.expand(batch_size, -1),
+            guidance=torch.full((batch_size,), self.guidance_scale, device=x.device))
+
+    def decode(self, x, cond):
+        """Latents x (B, S, C) -> B PIL images."""
+        vae = self.pipe.vae
+        latents = unpack_latents(self.pipe, x, cond)                        # (B, C / 4, 2h, 2w)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+class QwenEditor:
+    """Qwen-Image-Edit and its Plus versions, with classifier-free guidance (CFG)."""
+    lora_layers = ATTENTION_LAYERS + (
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+    def __init__(self, pipe, guidance_scale):
+        self.pipe = pipe
+        self.guidance_scale = 4.0 if guidance_scale is None else guidance_scale
+        self.text_encoder = pipe.text_encoder               # a VLM that also sees the source image
+
+    def encode(self, image, instruction):
+        """The Conditioning of one prompt."""
+        pipe = self.pipe
+        device = pipe.transformer.device
+        pixels = pipe.image_processor.preprocess(image).to(device, pipe.vae.dtype)
+        # Its VAE is made for videos: an image is a video with one frame.
+        latents = pipe._encode_vae_image(pixels[:, :, None], generator=None)[:, :, 0]
+        height = latents.shape[2] // 2
+        width = latents.shape[3] // 2
+        is_plus = "Plus" in type(pipe).__name__
+        vlm_image = resize_to_area(image, 384) if is_plus else image
+        prompt_embeds = pipe.encode_prompt([instruction], [vlm_image], device)[0]
+        negative_prompt_embeds = pipe.encode_prompt([" "], [vlm_image], device)[0]
+        # The shapes (frames, height, width) of the edit and of the source give the positions.
+        shape = (1, height, width)
+        return Conditioning(
+            image_latents=pipe._pack_latents(latents, *latents.shape).float(),  # 2 x 2 -> a token
+            latent_height=height, latent_width=width,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            position_kwargs=dict(img_shapes=[[shape, shape]]))
+
+    def predict_velocity(self, x, sigma, cond):
+        """v (B, S, C) at x (B, S, C): CFG, rescaled to the norm of the conditional velocity."""
+        transformer = self.pipe.transformer
+        v_cond = run_transformer(transformer, x, sigma, cond, cond.prompt_embeds)
+        if self.guidance_scale == 1:
+            return v_cond
+        v_uncond = run_transformer(transformer, x, sigma, cond, cond.negative_prompt_embeds)
+        v = v_uncond + self.guidance_scale * (v_cond - v_uncond)
+        return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
+
+    def decode(self, x, cond):
+        """Latents x (B, S, C) -> B PIL images."""
+        vae = self.pipe.vae
+        latents = unpack_latents(self.pipe, x, cond)                        # (B, C / 4, 1, 2h, 2w)
+        mean = torch.tensor(vae.config.latents_mean, device=x.device).view(-1, 1, 1, 1)
+        std = torch.tensor(vae.config.latents_std, device=x.device).view(-1, 1, 1, 1)
+        latents = latents * std + mean
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0][:, :, 0]
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+EDITORS = {"FluxKontextPipeline": KontextEditor, "QwenImageEditPipeline": QwenEditor,
+           "QwenImageEditPlusPipeline": QwenEditor}
+
+
+def resize_to_area(image, resolution):
+    """Resize to about resolution^2 pixels and the same aspect; both sides are multiples of 32."""
+    scale = resolution / 32 / math.sqrt(image.width * image.height)
+    width = 32 * max(1, round(scale * image.width))
+    height = 32 * max(1, round(scale * image.height))
+    limit = 200 * min(width, height)            # Qwen-VL refuses an aspect ratio above 200
+    return image.resize((min(width, limit), min(height, limit)), Image.LANCZOS)
+
+
+def run_transformer(transformer, x, sigma, cond, prompt_embeds, **kwargs):
+    """The velocity of x (B, S, C). The source image is appended to x as S further tokens."""
+    batch_size, num_tokens, _ = x.shape
+    image_latents = cond.image_latents.expand(batch_size, -1, -1)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        output = transformer(
+            hidden_states=torch.cat([x, image_latents], 1),                 # (B, 2S, C)
+            timestep=sigma.expand(batch_size),
+            encoder_hidden_states=prompt_embeds.expand(batch_size, -1, -1),
+            **cond.position_kwargs, **kwargs, return_dict=False)[0]
+    return output[:, :num_tokens].float()
+
+
+def unpack_latents(pipe, x, cond):
+    """Tokens (B, S, C) -> latents of twice the height and width with a quarter of the channels."""
+    pixels_per_token = 2 * pipe.vae_scale_factor
+    return pipe._unpack_latents(x, pixels_per_token * cond.latent_height,
+                                pixels_per_token * cond.latent_width, pipe.vae_scale_factor)
+
+
+def get_sigmas(scheduler, num_tokens, num_inference_steps):
+    """The noise levels from 1 to 0, num_inference_steps + 1 of them, as in diffusers' pipelines.
+
+    A larger image has a larger mu and spends more steps at high noise. (FLUX.2 computes mu in
+    another way.)
+    """
+    config = scheduler.config
+    fraction = ((num_tokens - config.base_image_seq_len)
+                / (config.max_image_seq_len - config.base_image_seq_len))
+    mu = config.base_shift + fraction * (config.max_shift - config.base_shift)
+    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return scheduler.sigmas
+
+
+def save_lora(pipe, folder, lora_rank):
+    """Save the LoRA so that diffusers' pipe.load_lora_weights(folder) loads it."""
+    tensors = {}
+    for name, param in pipe.transformer.named_parameters():
+        if param.requires_grad:
+            tensors[name] = param
+    layers = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in tensors})
+    # Without this metadata diffusers would assume that alpha = r.
+    metadata = dict(r=lora_rank, lora_alpha=LORA_SCALE * lora_rank, target_modules=layers)
+    temporary = folder.with_name("lora.tmp")
+    pipe.save_lora_weights(temporary, tensors, transformer_lora_adapter_metadata=metadata)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+@dataclass
+class Prompt:
+    """One row of principles.jsonl, ready for the editor."""
+    index: int                          # its place among the prompts of this rank and step
+    row: dict
+    image: Image.Image                  # the source image in the size of the edit
+    cond: Conditioning
+
+
+@torch.no_grad()
+def encode_prompts(editor, rows, args):
+    """Encode the instruction and the source image of every row."""
+    # The text encoder is on the GPU only here: T5 takes 9 GB, the VLM of Qwen-Image-Edit 15 GB.
+    editor.text_encoder.to(editor.pipe.transformer.device)
+    prompts = []
+    for index, row in enumerate(rows):
+        image = open_image(args.prompts, row, "source", max_pixels=4096 * 4096)
+        image = resize_to_area(image, args.resolution)
+        prompts.append(Prompt(index, row, image, editor.encode(image, row["instruction"])))
+    editor.text_encoder.to("cpu")
+    return prompts
+
 
 def setup():
     """Join the process group that torchrun has set up: (rank, world_size, device)."""

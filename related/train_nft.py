@@ -5,14 +5,15 @@ stands beside train_flow_grpo.py and differs only where the method differs. Flow
 random steps of the sampler. NFT rewards finished edits: it adds fresh noise to an edit, as in
 pretraining, and moves the velocity there towards a good edit and away from a bad one.
 
-    policy     the editor with its LoRA: by the ODE, with any solver, it turns noise into an edit
+    policy     the editor with its LoRA: it turns noise into an edit by solving an ODE
     old        a second LoRA, a copy that lags behind the trained one; it draws the edits
     action     a whole edit: its latents x0
     reward     tau from 0 to 10, from a vision-language model (VLM)
     group      the G edits of one prompt; a group that has little to teach is dropped
     reference  the editor without a LoRA; a small term keeps the policy near it
 
-One training step of one rank, with P prompts, S latent tokens of C channels, K noise levels:
+One training step of one rank, with P prompts, G edits of each, S latent tokens of C channels and K
+noise levels:
 
     P prompts                          encode_prompts   image_latents (1, S, C), prompt_embeds
       -> P G images, latents x0        draw_edits       (G, S, C) for each prompt, by the old LoRA
@@ -25,25 +26,29 @@ One training step of one rank, with P prompts, S latent tokens of C channels, K 
 An edit x0 with noise at the level t, and its velocity u there (t is what the sampler calls sigma):
 
     x_t    = (1 - t) x0 + t noise,  u = noise - x0                                 nft_terms
-    v, v_old, v_ref = what the trained LoRA, the old one and none predict at x_t   nft_terms
+    v, v_old, v_ref = what the editor predicts at x_t with the trained LoRA, with
+    the old LoRA and with none                                                     nft_terms
 
 With b = STRENGTH and c = ADVANTAGE_CLIP (5):
 
-    A      = (tau - mean tau of the group) / (std of all tau of the step + 1e-4)   nft_advantages
+    A      = (tau - mean tau of the group) / (std of all tau of the step, not of the
+             group, + 1e-4)                                                        nft_advantages
     v+     = v_old + b (v - v_old)          v- = v_old - b (v - v_old)             nft_loss
-    error± = (x_t - t v±) - x0: how far the edit that v± predicts is from x0       nft_loss
+    error± = (x_t - t v±) - x0 = t (u - v±): the error of the edit that v± predicts    nft_loss
     w±     = the mean |error±|, without gradient                                   nft_loss
     l±     = the mean of error±^2 over the S C dimensions / w±                     nft_loss
     rho    = (1 + clip(A, -c, c) / c) / 2, from 0 to 1                             nft_loss
     loss   = c / b (rho l+ + (1 - rho) l-)  +  beta mean (v - v_ref)^2             nft_terms
     old   <- eta old + (1 - eta) trained,  eta = min(.001 i, .5) after i updates   follow
 
-What this loss does. The old LoRA is almost the trained one, so v is near v_old in nearly every
-update. There the gradient of the loss is that of A l+, where l+ is flow matching on x0 with the
-weight 1 / w: the editor imitates an edit with A > 0 and flees from one with A < 0. How far b and
-|A| would move v in the end matters less. For one edit alone, with a constant w, the minimum is
-v_old + A / (c b) (u - v_old). But w shrinks with the error, and with it v runs on to v_old +
-sign(A) / b (u - v_old), whatever |A| is.
+What this loss does. At first eta is near 0, and the old LoRA becomes the trained one after every
+step. So in nearly every update v is near v_old. There both errors are t (u - v_old), and the
+gradient of the loss is clip(A, -c, c) times that of l+ with respect to v+, which is flow matching
+on x0 with the weight t^2 / w. The editor imitates an edit with A > 0 and flees from one with A < 0.
+
+If one edit were trained alone until convergence, v would not stop where A says. With a constant w
+the minimum is v_old + A / (c b) (u - v_old). But w shrinks with the error, and so v goes on to
+v_old + sign(A) / b (u - v_old), whatever |A| is.
 
 A worked number: four edits score 8, 6, 4 and NaN, and the std of all scores of the step is 2. Then
 A = 1, 0, -1 and NaN, and rho = 0.6, 0.5 and 0.4.
@@ -72,7 +77,8 @@ Differences from UniWorld-V2 and its code:
        are left on all ranks. Its code multiplies them by 0.
     3. A group is dropped if its std is at most --min_std or its mean at least MAX_MEAN, as in the
        code (.05 and .9 of a score from 0 to 1). The paper says "and".
-    4. Qwen-Image-Edit has no CFG here, as there, in the evaluation too. No EMA of the weights.
+    4. As in its code, Qwen-Image-Edit is trained without CFG; here it is evaluated so, too. There
+       is no EMA of the weights.
 
 Metrics: reward, reward_std (within groups), parse_rate and eval_reward, as in train_flow_grpo.py;
 groups_kept, the share that is not dropped; change, the mean (v - v_old)^2; distance, the mean
@@ -186,8 +192,7 @@ def nft_advantages(rewards, all_rewards, min_std):
     for p, group in enumerate(rewards):
         mean = group.nanmean()
         std = (group - mean).square().nanmean().sqrt()
-        num_scored = (~group.isnan()).sum()
-        if num_scored > 1 and std > min_std and mean < MAX_MEAN:
+        if std > min_std and mean < MAX_MEAN:               # neither holds if all scores are NaN
             advantages[p] = (group - mean) / scale
     return advantages
 
@@ -195,17 +200,17 @@ def nft_advantages(rewards, all_rewards, min_std):
 def nft_loss(v, v_old, x_t, x0, t, advantage, strength):
     """The loss of each noised edit: v, v_old, x_t, x0 (B, S, C), t, advantage (B,) -> (B,)."""
     t = t[:, None, None]
-    change = strength * (v - v_old)
+    delta = strength * (v - v_old)
 
     def weighted_error(velocity):
         error = (x_t - t * velocity) - x0
-        scale = error.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)         # w
-        return (error.square() / scale).mean((1, 2))                        # (B,)
+        w = error.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)
+        return (error.square() / w).mean((1, 2))                            # (B,)
 
     clipped = advantage.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
     rho = (1 + clipped / ADVANTAGE_CLIP) / 2
-    towards = weighted_error(v_old + change)
-    away = weighted_error(v_old - change)
+    towards = weighted_error(v_old + delta)
+    away = weighted_error(v_old - delta)
     return ADVANTAGE_CLIP / strength * (rho * towards + (1 - rho) * away)
 
 
@@ -226,8 +231,9 @@ def dpm2_velocity(x, velocity, sigma, sigma_next, last):
 
     x, velocity (B, S, C); last: the Estimate of the last step, or None. The predicted edit is
     extrapolated from its change since the last step. The first step, the one after sigma = 1 and
-    the one to sigma = 0 are Euler steps, as in diffusers: that leaves three of six.
+    the one to sigma = 0 are Euler steps, as in diffusers, so three of six are of second order.
     """
+    # x' = (s' / s) x + (1 - s' / s) x0 is its update, and an Euler step with v = (x - x0) / s.
     x0 = x - sigma * velocity
     now = ((1 - sigma) / sigma).log()
     estimate = Estimate(x0, half_log_snr=now)
@@ -304,12 +310,21 @@ def score_edits(reward_model, prompts, images, group_size, args):
     return torch.tensor(scores).view(len(prompts), group_size)
 
 
+def chats_of_edits(prompts, images, group_size, chat_of):
+    """Yield the prompts and the chats of REWARD_BATCH_SIZE images at a time."""
+    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
+    for start in range(0, len(images), REWARD_BATCH_SIZE):
+        batch = slice(start, start + REWARD_BATCH_SIZE)
+        pairs = list(zip(prompt_of_image[batch], images[batch]))
+        yield [prompt for prompt, _ in pairs], [chat_of(prompt, image) for prompt, image in pairs]
+
+
 @torch.no_grad()
-def digit_logits(reward_model, chats, replies, num_digits):
+def digit_logits(reward_model, chats, beginnings, num_digits):
     """The logits of the digits 0 to num_digits - 1 as the next token: (R, num_digits), in fp32.
 
-    The next token is the one after these beginnings of R replies. In bf16 a logit near 20 is off by
-    up to 0.06, so only the hidden state is; the digits' rows of the output matrix are in fp32.
+    The next token is the one after these beginnings of R replies. bf16 would round a logit near 20
+    by up to 0.06, so only the hidden state is computed in bf16.
     """
     processor = reward_model.processor
     tokenizer = processor.tokenizer
@@ -319,32 +334,32 @@ def digit_logits(reward_model, chats, replies, num_digits):
         assert len(ids) == 1, f"the digit {digit} is {len(ids)} tokens of this VLM"
         token_ids.extend(ids)
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    texts = [text + reply for text, reply in zip(texts, replies)]
+    texts = [text + beginning for text, beginning in zip(texts, beginnings)]
     images = [part["image"] for chat in chats for part in chat[0]["content"] if "image" in part]
     inputs = tokenize_with_images(tokenizer, processor.image_processor, texts, images)
     model = reward_model.model
     device_type = model.device.type
     with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
-        hidden = model.model(**inputs.to(model.device)).last_hidden_state[:, -1]    # (R, H)
+        outputs = model.model(**inputs.to(model.device))
+    hidden = outputs.last_hidden_state[:, -1]       # (R, H): texts are padded on the left
     return hidden.float() @ model.lm_head.weight[token_ids].float().T
 
 
 def score_edits_expected(reward_model, prompts, images, group_size, args):
     """Like score_edits, but the mean over the first digits that the score could begin with.
 
-    The reasoning and the answers are those of the greedy verdict. This is an approximation: a first
-    digit counts for the middle of its scores (7 for 7.5), and 1, which may also begin a 10, for the
-    score of the greedy verdict.
+    The reasoning and the answers are those of the greedy verdict. This is an approximation: a digit
+    counts for the middle of the scores that begin with it (7 for 7.5). 1 may also begin a 10: it
+    counts for 10 if the greedy score is 10.
     """
+    def chat_of(prompt, image):
+        return verdict_chat(
+            prompt.image, image, prompt.row["instruction"], prompt.row["principles"])
+
     scores = []
-    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
-    for start in range(0, len(images), REWARD_BATCH_SIZE):
-        batch_prompts = prompt_of_image[start:start + REWARD_BATCH_SIZE]
-        chats = []
-        for prompt, image in zip(batch_prompts, images[start:]):
-            chats.append(verdict_chat(
-                prompt.image, image, prompt.row["instruction"], prompt.row["principles"]))
+    for batch_prompts, chats in chats_of_edits(prompts, images, group_size, chat_of):
         texts = [reply.text for reply in reward_model.generate(chats, args.max_new_tokens)]
+        # A text without <score> is not a verdict; its logits are not used.
         beginnings = [text[:text.rfind("<score>") + len("<score>")] for text in texts]
         logits = digit_logits(reward_model, chats, beginnings, 10).cpu()
         for prompt, text, row_logits in zip(batch_prompts, texts, logits):      # (10,) each
@@ -353,7 +368,8 @@ def score_edits_expected(reward_model, prompts, images, group_size, args):
                 scores.append(math.nan)
                 continue
             values = torch.arange(10) + 0.5
-            values[1] = verdict.score
+            if verdict.score == 10:
+                values[1] = 10
             scores.append(expected_value(row_logits, values).item())
     return torch.tensor(scores).view(len(prompts), group_size)
 
@@ -377,12 +393,11 @@ def rating_chat(source, edit, instruction):
 
 def score_edits_directly(reward_model, prompts, images, group_size, args):
     """Twice the expected digit from 0 to 5 that the VLM would name at once: (P, G)."""
+    def chat_of(prompt, image):
+        return rating_chat(prompt.image, image, prompt.row["instruction"])
+
     scores = []
-    prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
-    for start in range(0, len(images), REWARD_BATCH_SIZE):
-        chats = []
-        for prompt, image in zip(prompt_of_image[start:start + REWARD_BATCH_SIZE], images[start:]):
-            chats.append(rating_chat(prompt.image, image, prompt.row["instruction"]))
+    for _, chats in chats_of_edits(prompts, images, group_size, chat_of):
         logits = digit_logits(reward_model, chats, [""] * len(chats), 6)
         scores.append(2 * expected_value(logits.cpu(), torch.arange(6)))
     return torch.cat(scores).view(len(prompts), group_size)
@@ -400,8 +415,8 @@ def draw_edits(editor, prompts, group_size, seed_key, args):
     latents = []
     for prompt in prompts:
         noise = []
-        for k in range(group_size):     # a seed per edit: it depends on no batch and on no rank
-            seed = derive_seed("noise", args.seed, seed_key, prompt.row["id"], k)
+        for g in range(group_size):     # a seed per edit: it depends on no batch and on no rank
+            seed = derive_seed("noise", args.seed, seed_key, prompt.row["id"], g)
             noise.append(torch.randn(prompt.cond.image_latents.shape[1:],
                                      generator=torch.Generator().manual_seed(seed)))
         noise = torch.stack(noise).to(prompt.cond.image_latents.device)     # (G, S, C)
@@ -433,8 +448,8 @@ def draw_noise(prompt, edit_indices, sigmas, step, args):
     """
     levels = []
     noises = []
-    for k in edit_indices:
-        seed = derive_seed("train", args.seed, step, prompt.row["id"], k)
+    for g in edit_indices:
+        seed = derive_seed("train", args.seed, step, prompt.row["id"], g)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(args.num_inference_steps, generator=generator)
         levels.append(sigmas[order[:args.num_train_sigmas]])                # never sigma = 0
@@ -479,17 +494,16 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
             edit_indices = trained[p].nonzero().flatten().tolist()
             if not edit_indices:
                 continue
-            cond = prompts[p].cond
             sigmas = get_sigmas(editor.pipe.scheduler, latents[p].shape[1],
                                 args.num_inference_steps).cpu()
             t, noise = draw_noise(prompts[p], edit_indices, sigmas, step, args)
             edit_of_term = torch.tensor(edit_indices).repeat_interleave(args.num_train_sigmas)
+            x0 = latents[p][edit_of_term]                                   # (m K, S, C)
+            advantage = advantages[p, edit_of_term]                         # (m K,)
             for terms in torch.arange(len(t)).split(args.micro_batch_size):
-                edits = edit_of_term[terms]
-                x0 = latents[p][edits.to(latents[p].device)]
                 loss, change, distance = nft_terms(
-                    editor, cond, x0, t[terms].to(x0), noise[terms].to(x0),
-                    advantages[p, edits].to(x0), args)
+                    editor, prompts[p].cond, x0[terms], t[terms].to(x0), noise[terms].to(x0),
+                    advantage[terms].to(x0), args)
                 (loss.sum() / num_total_terms).backward()
                 changes.extend(change.tolist())
                 distances.extend(distance.tolist())
@@ -501,8 +515,8 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
             optimizer.step()
     changes = torch.tensor(all_gather_lists(changes))
     distances = torch.tensor(all_gather_lists(distances))
-    return dict(change=changes.mean().nan_to_num().item(),
-                distance=distances.mean().nan_to_num().item(), grad_norm=grad_norm)
+    return dict(change=changes.mean().item(), distance=distances.mean().item(),  # NaN if no terms
+                grad_norm=grad_norm)
 
 
 def evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args):
@@ -569,7 +583,7 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # no CFG; Kontext's default
+    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # Qwen: no CFG
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
     reward_model = VLM(args.reward, served_model="", device=device)
     score_images = REWARDS[args.reward_type]

@@ -5,30 +5,35 @@ token is appended to the prompt; the last hidden state there feeds a small head 
 does the edit follow the instruction, and does it look good? A head predicts the mean and the log
 standard deviation of a Gaussian score. Both are fitted to the choices of people.
 
-    N = --batch_size pairs           batch_indices     split over the ranks
+    what                             by the function   remarks
+    --batch_size pairs               batch_indices     split over the ranks
       -> micro-batches of B pairs                      B = --micro_batch_size
       -> inputs (R, T)               reward_inputs     R = 2 B prompts of T tokens
       -> hidden state (R, H)         EditReward        at the appended token
-      -> mu, log_sigma (R, D)        EditReward        D = 2 dimensions
-      -> with their mean (R, 1+D)    pool              column 0 is the overall score
+      -> mu, sigma (R, D)            EditReward        D = 2 dimensions
+      -> mu, sigma (R, 1 + D)        add_overall       column 0 is the overall score
       -> a loss for each pair        pair_loss         against its labels (B, 1 + D)
 
-A is the chosen edit of a pair, and B the rejected one. Their scores r_A ~ N(mu_A, sigma_A^2) and
-r_B ~ N(mu_B, sigma_B^2) are independent. E is the expectation over x ~ N(0, 1):
+Let c be the chosen edit of a pair, and r the rejected one (in a tie: the first and the second).
+Their scores are Gaussian, a_c ~ N(mu_c, sigma_c^2) and a_r ~ N(mu_r, sigma_r^2). Given the scores,
+people choose c with the probability sigmoid(a_c - a_r), as Bradley and Terry have it. E is the
+expectation over x ~ N(0, 1):
 
-    m        = mu_A - mu_B,  s^2 = sigma_A^2 + sigma_B^2                          pair_loss
-    P(A > B) = E sigmoid(r_A - r_B) = E sigmoid(m + s x)                          log_preference
-    overall  : mu = mean of the mu_d,  sigma^2 = (sum of the sigma_d^2) / D^2     pool
-    loss     = - y log P(A > B) - (1 - y) log P(B > A), summed over the labels    pair_loss
+    m        = mu_c - mu_r,  s^2 = sigma_c^2 + sigma_r^2                          pair_loss
+    P(c > r) = E sigmoid(a_c - a_r) = E sigmoid(m + s x)                          log_preference
+    overall  : mu = mean of the mu_d,  sigma^2 = (sum of the sigma_d^2) / D^2     add_overall
+    loss     = - y log P(c > r) - (1 - y) log P(r > c), summed over the labels    pair_loss
 
-A label y is 1 if A is better, 0 if B is, and 1/2 if they tie; it is NaN, and teaches nothing, if
-nobody said so. A pair of --pairs has y = 1 overall. A pair of --ties has y = 1/2 if --tie_rule says
-so, else NaN. The dimensions have a label where the row says "chosen" or "rejected" in its fields
-`follow` and `quality`; "same" is NaN.
+A pair has a label y for the overall score and for each dimension:
+
+    overall, a pair of --pairs                        1
+    overall, a pair of --ties that --tie_rule takes   1/2
+    a dimension: "chosen", "rejected"                 1, 0     the row's fields `follow`, `quality`
+    all others: other ties, "same", no such field     NaN      teaches nothing
 
 Three losses, --loss:
     exact          -log P, as the paper writes it. A pair that is ranked wrong pulls s up, one that
-                   is ranked right pushes it down.
+                   is ranked right pushes it down. A tie pulls it up, unless m = 0.
     bound          -E log sigmoid(m + s x), as the released code computes it. By Jensen it is at
                    least -log P, and it grows with s at every m: s falls, whatever the data.
     bradley_terry  -log sigmoid(m), with s = 0. log_sigma is not trained: ignore the metric sigma.
@@ -51,16 +56,16 @@ Differences from the paper and its released code:
     2. One pass per edit, with one prompt for both heads. The code has a pass and a rubric for each.
     3. The vision tower and its projector are frozen here, and the heads have no dropout.
     4. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension.
-       --tie_rule opposed gives such a pair y = 1/2, with half of that weight. The code has no rule
-       for ties, and reads no label of a dimension.
+       --tie_rule opposed gives such a pair y = 1/2, the mean of the two copies' losses. The code
+       has no rule for ties, and reads no label of a dimension.
     5. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x.
 
-Metrics: loss and eval_loss (which differ between the losses); accuracy, follow_accuracy and
+Metrics: loss and eval_loss (not comparable between losses); accuracy, follow_accuracy and
 quality_accuracy of the evaluation pairs that have such a label; sigma, the mean overall sigma of
 their edits; grad_norm.
 
 What to change for ...
-    another way to combine the dimensions   `pool`
+    another way to combine the dimensions   `add_overall`
     another loss                            `log_preference`, and the choices of --loss
     a rubric of your own                    `RATING_RULES`
     more dimensions                         DIMENSIONS; rows name the winner of each in its field
@@ -105,8 +110,8 @@ def parse_args():
     data.add_argument("--pairs", required=True, help="The preferences.jsonl of people's choices.")
     data.add_argument("--ties", default="", help="A file of pairs that people found equal.")
     data.add_argument("--tie_rule", choices=["none", "opposed", "all"], default="opposed",
-                      help="Which ties get the overall label 1/2: those where each edit "
-                           "wins one dimension, or all. Their dimensions teach in any case.")
+                      help="Which ties get the overall label 1/2; opposed: those where each "
+                           "edit wins one dimension. Labels of dimensions are kept.")
     data.add_argument("--model", required=True,
                       help="Qwen2.5-VL or Qwen3-VL to train: a folder or hub id.")
     data.add_argument("--bench", default="", help="Pairs to score at the end.")
@@ -169,7 +174,7 @@ def log_preference(m, s, loss):
     """log P(A > B) of two Gaussian scores, or what --loss takes for it: m, s (...) -> (...)."""
     if loss == "bradley_terry":
         return logsigmoid(m)
-    # E f(x) is about the sum over k of w_k f(x_k).
+    # E f(x) is about the sum over k of w_k f(x_k). The smallest w would be 0 in fp32.
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     x = torch.tensor(nodes, dtype=m.dtype, device=m.device)                 # (64,)
     w = torch.tensor(weights / weights.sum(), dtype=torch.float64, device=m.device)
@@ -179,23 +184,21 @@ def log_preference(m, s, loss):
     return torch.logsumexp(log_sigmoid + w.log().to(m.dtype), dim=-1)
 
 
-def pool(mu, log_sigma):
-    """Prepend the overall score: mu, log_sigma (..., D) -> (..., 1 + D) each."""
-    mean = mu.mean(-1, keepdim=True)
-    # sigma = sqrt(sum of the sigma_d^2) / D, in logarithms
-    log_sum_of_squares = torch.logsumexp(2 * log_sigma, dim=-1, keepdim=True)
-    log_sigma_of_mean = log_sum_of_squares / 2 - math.log(mu.shape[-1])
-    return torch.cat([mean, mu], -1), torch.cat([log_sigma_of_mean, log_sigma], -1)
+def add_overall(mu, sigma):
+    """Prepend the overall score, the mean of the dimensions: mu, sigma (..., D) -> (..., 1 + D)."""
+    overall_mu = mu.mean(-1, keepdim=True)
+    overall_sigma = sigma.square().sum(-1, keepdim=True).sqrt() / sigma.shape[-1]
+    return torch.cat([overall_mu, mu], -1), torch.cat([overall_sigma, sigma], -1)
 
 
-def pair_loss(mu, log_sigma, labels, loss):
+def pair_loss(mu, sigma, labels, loss):
     """The loss of each pair, summed over its labels: (B,).
 
-    mu, log_sigma (B, 2, 1 + D): of the chosen edit, then of the rejected one. labels (B, 1 + D):
-    the probability that the chosen edit is better; NaN where nothing is known.
+    mu, sigma (B, 2, 1 + D): of the chosen edit, then of the rejected one. labels (B, 1 + D): the
+    probability that the chosen edit is better; NaN where nothing is known.
     """
     m = mu[:, 0] - mu[:, 1]                                                 # (B, 1 + D)
-    s = torch.logsumexp(2 * log_sigma, dim=1).div(2).exp()                  # (B, 1 + D)
+    s = sigma.square().sum(1).sqrt()                                        # (B, 1 + D)
     known = ~labels.isnan()
     y = labels.nan_to_num()             # 0 * NaN is NaN: `where` would not protect the gradient
     losses = -y * log_preference(m, s, loss) - (1 - y) * log_preference(-m, s, loss)
@@ -214,7 +217,7 @@ def learning_rate(step, num_steps, peak):
 class EditReward(nn.Module):
     """A VLM, the embedding of one appended token, and a head for each dimension.
 
-    The appended token has a placeholder's id, and a hook gives it the learned embedding. So the VLM
+    The appended token has the id of the end token, and a hook replaces its embedding. So the VLM
     itself inserts the images and computes the positions.
     """
 
@@ -238,14 +241,14 @@ class EditReward(nn.Module):
         return torch.cat([embedded[:, :-1], reward], dim=1)
 
     def forward(self, inputs):
-        """Mean and log standard deviation of each dimension's score: (R, D), (R, D), in fp32."""
+        """Mean and standard deviation of each dimension's score: (R, D), (R, D), in fp32."""
         device_type = self.vlm.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             outputs = self.vlm.model(**inputs, use_cache=False)
         state = outputs.last_hidden_state[:, -1].float()                    # (R, H)
         predictions = torch.stack([head(state) for head in self.heads], 1)  # (R, D, 2)
         mu, log_sigma = predictions.unbind(-1)
-        return mu, log_sigma.clamp(-5, 2)                   # beyond, P would hardly change
+        return mu, log_sigma.clamp(-5, 2).exp()     # for stability; no gradient outside the limits
 
 
 def load_reward_model(args, device, world_size):
@@ -255,7 +258,8 @@ def load_reward_model(args, device, world_size):
     model = EditReward(vlm, processor.tokenizer.eos_token_id)
     heads_path = Path(args.model, "heads.safetensors")
     if heads_path.exists():
-        model.load_state_dict(load_file(heads_path), strict=False)
+        keys = model.load_state_dict(load_file(heads_path), strict=False)   # without the VLM's
+        assert all(name.startswith("vlm.") for name in keys.missing_keys), keys.missing_keys
     if world_size > 1:
         blocks = list(vlm.model.language_model.layers) + list(vlm.model.visual.blocks)
         for head in model.heads:                    # before the rest, which computes in bf16
@@ -343,26 +347,26 @@ def load_pair_batch(processor, rows):
 
 
 def score_pairs(model, batch, device):
-    """mu and log_sigma of both edits of B pairs, the overall one first: (B, 2, 1 + D) each."""
-    mu, log_sigma = pool(*model(batch.inputs.to(device)))                   # (R, 1 + D) each
+    """mu and sigma of both edits of B pairs, the overall one first: (B, 2, 1 + D) each."""
+    mu, sigma = add_overall(*model(batch.inputs.to(device)))                # (R, 1 + D) each
     shape = (len(batch.labels), 2, 1 + len(DIMENSIONS))
-    return mu.view(shape), log_sigma.view(shape)
+    return mu.view(shape), sigma.view(shape)
 
 
 @torch.no_grad()
 def score_rows(model, processor, rows, device, rank, world_size, args):
-    """Score both edits of each row; every rank gets all rows, in order."""
+    """Score both edits of each row. The ranks share the rows; each returns all, in order."""
     local_rows = rows[rank::world_size]
     scored = []
     for start in range(0, len(local_rows), args.micro_batch_size):
         batch_rows = local_rows[start:start + args.micro_batch_size]
         batch = load_pair_batch(processor, batch_rows)
-        mu, log_sigma = score_pairs(model, batch, device)
-        losses = pair_loss(mu, log_sigma, batch.labels.to(device), args.loss)
-        for row, mus, log_sigmas, loss in zip(batch_rows, mu, log_sigma, losses):
-            result = dict(judge=str(args.out), loss=loss.item())
+        mu, sigma = score_pairs(model, batch, device)
+        losses = pair_loss(mu, sigma, batch.labels.to(device), args.loss)
+        for row, mus, sigmas, loss in zip(batch_rows, mu, sigma, losses):
+            result = dict(judge=str(args.out), loss=loss.item())            # the judge's name
             for side, mu_of_side, sigma_of_side in zip(
-                    ("chosen", "rejected"), mus.tolist(), log_sigmas.exp().tolist()):
+                    ("chosen", "rejected"), mus.tolist(), sigmas.tolist()):
                 result[f"{side}_score"] = mu_of_side[0]
                 result[f"{side}_sigma"] = sigma_of_side[0]
                 for name, value in zip(DIMENSIONS, mu_of_side[1:]):
@@ -399,9 +403,8 @@ def evaluate(model, processor, eval_rows, step, run, device, rank, world_size, a
             log_step(run, step, eval_metrics_of_pairs(rows))
 
 
-def score_bench(model, processor, out, device, rank, world_size, args):
+def score_bench(model, processor, rows, out, device, rank, world_size, args):
     """Score the pairs of --bench: out/scores.jsonl, which `evaluate.py reward --scores` reads."""
-    rows = load_labeled_pairs(args.bench, False, args, rank, world_size)
     rows = score_rows(model, processor, rows, device, rank, world_size, args)
     if rank == 0:
         scores_path = out / "scores.jsonl"
@@ -412,13 +415,15 @@ def score_bench(model, processor, out, device, rank, world_size, args):
             for row in rows])
 
 
-def check_pair_sizes(train_rows, eval_rows, args, world_size):
+def check_pair_sizes(train_rows, eval_rows, bench_rows, args, world_size):
     """Stop if there are too few pairs, or if they cannot be divided among the ranks."""
     if args.batch_size % world_size > 0 or len(train_rows) < args.batch_size:
         raise SystemExit(f"--batch_size {args.batch_size} must be a multiple of the {world_size} "
                          f"ranks and at most the {len(train_rows)} training pairs.")
-    if 0 < len(eval_rows) < world_size:     # all ranks must take part in the first forward pass
-        raise SystemExit(f"--num_eval must be 0, or at least the {world_size} ranks.")
+    for flag, rows in (("num_eval", eval_rows), ("bench", bench_rows)):
+        if 0 < len(rows) < world_size:      # all ranks must take part in the first forward pass
+            raise SystemExit(f"--{flag} must have no pairs, or at least one for each of the "
+                             f"{world_size} ranks.")
 
 
 def load_train_and_eval(args, rank, world_size):
@@ -439,12 +444,15 @@ def main():
 
     # ---- 1. The pairs, the model and the optimizer.
     train_rows, eval_rows = load_train_and_eval(args, rank, world_size)
-    check_pair_sizes(train_rows, eval_rows, args, world_size)
+    bench_rows = []
+    if args.bench:
+        bench_rows = load_labeled_pairs(args.bench, False, args, rank, world_size)
+    check_pair_sizes(train_rows, eval_rows, bench_rows, args, world_size)
     model, processor = load_reward_model(args, device, world_size)
     vlm_params = [param for param in model.vlm.parameters() if param.requires_grad]
     head_params = [model.reward_embedding, *model.heads.parameters()]
-    # A constant that is added to all mu has no gradient but rounding errors: eps keeps Adam from
-    # making steps of them.
+    # The loss sees only mu_c - mu_r, so a head's last bias of mu has no gradient but rounding
+    # errors. Adam would make full steps of them; a larger eps prevents that.
     optimizer = torch.optim.AdamW([
         dict(params=vlm_params, peak_lr=args.lr),
         dict(params=head_params, peak_lr=args.head_lr, eps=1e-6)], weight_decay=0)
@@ -453,7 +461,7 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name != "bench"}
     run = start_run(settings, num_steps, model, optimizer, rank)
 
-    # The model stays in eval mode, since there is no dropout to turn on.
+    # The VLM stays in eval mode, since there is no dropout to turn on.
     for step in range(run.start_step, num_steps):
         # ---- 2. Every --eval_every steps: save, then evaluate.
         if step % args.eval_every == 0:
@@ -466,8 +474,8 @@ def main():
         local_loss = 0.0
         for start in range(0, len(local_rows), args.micro_batch_size):
             batch = load_pair_batch(processor, local_rows[start:start + args.micro_batch_size])
-            mu, log_sigma = score_pairs(model, batch, device)
-            losses = pair_loss(mu, log_sigma, batch.labels.to(device), args.loss)       # (B,)
+            mu, sigma = score_pairs(model, batch, device)
+            losses = pair_loss(mu, sigma, batch.labels.to(device), args.loss)           # (B,)
             loss = losses.sum() / args.batch_size
             # FSDP2 averages the gradients of the ranks. We want their sum, hence the factor.
             (loss * world_size).backward()
@@ -487,8 +495,8 @@ def main():
     save_checkpoint(run, num_steps, model, optimizer, rank)
     save_reward_model(model, processor, run.out / "model", rank)
     evaluate(model, processor, eval_rows, num_steps, run, device, rank, world_size, args)
-    if args.bench:
-        score_bench(model, processor, run.out, device, rank, world_size, args)
+    if bench_rows:
+        score_bench(model, processor, bench_rows, run.out, device, rank, world_size, args)
     cleanup()
 
 

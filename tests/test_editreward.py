@@ -57,38 +57,38 @@ def test_a_wrong_pair_widens_the_exact_loss_only():
     assert worked == pytest.approx([1.86, 1.13, 2.18, 2.93], abs=0.005)     # as in the docstring
 
 
-def test_pool_is_the_law_of_a_mean():
+def test_the_overall_score_is_the_mean_of_the_dimensions():
     torch.manual_seed(0)
     mu = torch.tensor([[1.0, -3.0]])
-    log_sigma = torch.tensor([[0.5, -0.2]])
-    pooled_mu, pooled_log_sigma = E.pool(mu, log_sigma)
-    draws = (mu + log_sigma.exp() * torch.randn(400_000, 2)).mean(1)
-    assert pooled_mu[0].tolist() == [-1, 1, -3] and pooled_log_sigma[0, 1:].tolist() == log_sigma[0].tolist()
-    assert draws.std().item() == pytest.approx(pooled_log_sigma[0, 0].exp().item(), rel=0.01)
+    sigma = torch.tensor([[1.6, 0.8]])
+    all_mu, all_sigma = E.add_overall(mu, sigma)
+    draws = (mu + sigma * torch.randn(400_000, 2)).mean(1)
+    assert all_mu[0].tolist() == [-1, 1, -3] and torch.equal(all_sigma[:, 1:], sigma)
+    assert draws.std().item() == pytest.approx(all_sigma[0, 0].item(), rel=0.01)
 
 
 def test_pair_loss_by_brute_force():
     """Sum over the known labels; a tie is half of each order; swapping edits and labels changes nothing."""
     torch.manual_seed(0)
-    mu, log_sigma = torch.randn(2, 4, 2, 3).unbind()
+    mu, sigma = torch.randn(4, 2, 3), torch.rand(4, 2, 3)
     labels = torch.tensor([[1, 0, NAN], [0.5, 1, 0], [NAN, NAN, 1], [0, NAN, NAN]])
-    found = E.pair_loss(mu, log_sigma, labels, "exact")
+    found = E.pair_loss(mu, sigma, labels, "exact")
     for i in range(4):
         wanted = 0
         for d in range(3):
             if labels[i, d].isnan():
                 continue
-            s = log_sigma[i, :, d].exp().square().sum().sqrt()
+            s = sigma[i, :, d].square().sum().sqrt()
             m = mu[i, 0, d] - mu[i, 1, d]
             wins, loses = E.log_preference(m, s, "exact"), E.log_preference(-m, s, "exact")
             wanted -= labels[i, d] * wins + (1 - labels[i, d]) * loses
         assert found[i].item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert torch.allclose(E.pair_loss(mu.flip(1), log_sigma.flip(1), 1 - labels, "exact"), found)
+    assert torch.allclose(E.pair_loss(mu.flip(1), sigma.flip(1), 1 - labels, "exact"), found)
 
 
 def test_an_unknown_label_has_no_gradient():
     mu = torch.randn(1, 2, 3, requires_grad=True)
-    E.pair_loss(mu, torch.zeros(1, 2, 3), torch.tensor([[1, NAN, 0]]), "exact").sum().backward()
+    E.pair_loss(mu, torch.ones(1, 2, 3), torch.tensor([[1, NAN, 0]]), "exact").sum().backward()
     assert mu.grad.isfinite().all() and mu.grad[0, :, 1].abs().max() == 0 and mu.grad[0, :, 0].abs().min() > 0
 
 
@@ -152,7 +152,7 @@ def test_the_added_position_is_the_only_new_input(vlm, toy_rows):
                            row["instruction"]) for row in rows[:3]]
     inputs = E.reward_inputs(processor, chats)
     with torch.no_grad():
-        mu, log_sigma = model(inputs)
+        mu, _ = model(inputs)
         state = model.vlm.model(**inputs).last_hidden_state[:, -1]      # its embedding is still that of the end token
         wanted = torch.stack([head(state) for head in model.heads], 1)
         assert torch.allclose(mu, wanted[..., 0], atol=1e-5) and mu.shape == (3, 2)

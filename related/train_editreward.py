@@ -171,7 +171,7 @@ def rating_chat(source, edit, instruction):
 # ------------------------------------------------------------ the mathematics
 
 def log_preference(m, s, loss):
-    """log P(A > B) of two Gaussian scores, or what --loss takes for it: m, s (...) -> (...)."""
+    """log P(c > r) of two Gaussian scores, or what --loss takes for it: m, s (...) -> (...)."""
     if loss == "bradley_terry":
         return logsigmoid(m)
     # E f(x) is about the sum over k of w_k f(x_k). The smallest w would be 0 in fp32.

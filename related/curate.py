@@ -231,6 +231,8 @@ def evaluate(editor, eval_rows, step, run, rank, world_size, args):
 
 def load_chosen(args, rank, world_size):
     """The chosen rows for training and for evaluation."""
+    if not 0 < args.keep <= 1:
+        raise SystemExit("--keep must be above 0 and at most 1.")
     rows = load_jsonl(args.edits, ["source", "instruction", "edit"],
                       "Draw and score edits with build_sft.py (README, stage 2).")
     # First split, then choose: whatever is chosen, the evaluation is on the same sources.

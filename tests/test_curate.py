@@ -183,6 +183,7 @@ def test_it_learns_the_chosen_edits(flags, tmp_path, run_here):
 
 
 def test_what_does_not_fit_is_refused(flags, tmp_path, run_here):
-    for more, message in ((("--batch_size", 99), "multiple of the"), (("--keep", 0), "at most the 0 edits")):
+    for more, message in ((("--batch_size", 99), "multiple of the"), (("--keep", 0), "--keep must be above 0"),
+                          (("--keep", 1.5), "--keep must be above 0")):
         with pytest.raises(SystemExit, match=message):
             run_here(C, *flags, tmp_path, *more)

@@ -15,40 +15,44 @@ pretraining, and moves the velocity there towards a good edit and away from a ba
 One training step of one rank, with P prompts, G edits of each, S latent tokens of C channels and K
 noise levels:
 
-    P prompts                          encode_prompts   image_latents (1, S, C), prompt_embeds
-      -> P G images, latents x0        draw_edits       (G, S, C) for each prompt, by the old LoRA
-      -> rewards (P, G)                score_edits      NaN if there is no score
-      -> advantages (P, G)             nft_advantages   NaN for what is not trained on
-      -> t (m K,), noise (m K, S, C)   draw_noise       for the m edits of a prompt that are kept
-      -> a loss per edit and level     nft_terms        from three velocities
-      -> --num_minibatches optimizer steps, then the old LoRA follows: update_lora_nft, follow
+    P prompts                         encode_prompts   image_latents (1, S, C), prompt_embeds
+      -> P G images, latents x0       draw_edits       (G, S, C) for each prompt, by the old LoRA
+      -> rewards (P, G)               score_edits      NaN if there is no score
+      -> advantages (P, G)            nft_advantages   NaN for what is not trained on
+      -> noised edits, B at a time    noise_edits      each kept edit at K noise levels
+      -> a loss (B,)                  nft_terms        from three velocities
+      -> optimizer steps              update_lora_nft  one for each of --num_minibatches
+      -> the old LoRA                 follow           moves to the trained one
 
-An edit x0 with noise at the level t, and its velocity u there (t is what the sampler calls sigma):
+An edit x0 gets noise at a level t, one of the sampler's sigmas (but not 0):
 
-    x_t    = (1 - t) x0 + t noise,  u = noise - x0                                 nft_terms
-    v, v_old, v_ref = what the editor predicts at x_t with the trained LoRA, with
-    the old LoRA and with none                                                     nft_terms
+    x_t   = (1 - t) x0 + t noise                                                   nft_terms
+    u     = noise - x0, the velocity that leads from x_t back to this edit
+    v     = what the editor predicts at x_t with the trained LoRA
+    v_old = the same with the old LoRA,  v_ref = the same without a LoRA           nft_terms
 
-With b = STRENGTH and c = ADVANTAGE_CLIP (5):
+With c = ADVANTAGE_CLIP = 5 and b = STRENGTH = 1, which the paper calls beta:
 
-    A      = (tau - mean tau of the group) / (std of all tau of the step, not of the
-             group, + 1e-4)                                                        nft_advantages
-    v+     = v_old + b (v - v_old)          v- = v_old - b (v - v_old)             nft_loss
-    error± = (x_t - t v±) - x0 = t (u - v±): the error of the edit that v± predicts    nft_loss
-    w±     = the mean |error±|, without gradient                                   nft_loss
-    l±     = the mean of error±^2 over the S C dimensions / w±                     nft_loss
+    A      = (tau - mean tau of the group) / (std of all tau of the step + 1e-4)   nft_advantages
+    v+     = v_old + b (v - v_old),  v- = v_old - b (v - v_old)                    nft_loss
+    error± = (x_t - t v±) - x0 = t (u - v±), the error of the edit that v± predicts
+    w±     = mean |error±|, without gradient
+    l±     = mean error±^2 / w±                                                    nft_loss
     rho    = (1 + clip(A, -c, c) / c) / 2, from 0 to 1                             nft_loss
-    loss   = c / b (rho l+ + (1 - rho) l-)  +  beta mean (v - v_ref)^2             nft_terms
-    old   <- eta old + (1 - eta) trained,  eta = min(.001 i, .5) after i updates   follow
+    loss   = c / b (rho l+ + (1 - rho) l-) + --beta mean (v - v_ref)^2             nft_terms
+    old    = eta old + (1 - eta) trained,  eta = min(.001 i, .5) after i updates   follow
 
-What this loss does. At first eta is near 0, and the old LoRA becomes the trained one after every
-step. So in nearly every update v is near v_old. There both errors are t (u - v_old), and the
-gradient of the loss is clip(A, -c, c) times that of l+ with respect to v+, which is flow matching
-on x0 with the weight t^2 / w. The editor imitates an edit with A > 0 and flees from one with A < 0.
+Means are over the S x C numbers of an edit.
 
-If one edit were trained alone until convergence, v would not stop where A says. With a constant w
-the minimum is v_old + A / (c b) (u - v_old). But w shrinks with the error, and so v goes on to
-v_old + sign(A) / b (u - v_old), whatever |A| is.
+What an update does. The old LoRA stays close behind the trained one, and so v is near v_old. There
+both errors are t (u - v_old), and the gradient of the loss is clip(A, -c, c) times the gradient of
+l = t^2 mean (u - v)^2 / w. That is flow matching on x0, weighted by A: the editor imitates an edit
+with A > 0 and moves away from one with A < 0.
+
+What many updates on one edit would do, with v_old fixed. If w were constant, v would stop at
+v_old + clip(A, -c, c) / (c b) (u - v_old). But w shrinks with the error, and so v goes on to
+v_old + sign(A) / b (u - v_old). So |A| decides how much an edit weighs beside others, and not
+where the training ends.
 
 A worked number: four edits score 8, 6, 4 and NaN, and the std of all scores of the step is 2. Then
 A = 1, 0, -1 and NaN, and rho = 0.6, 0.5 and 0.4.
@@ -75,14 +79,15 @@ Differences from UniWorld-V2 and its code:
        two images with the same instruction.
     2. Dropped groups cost no pass of the transformer, and the loss is a mean over the edits that
        are left on all ranks. Its code multiplies them by 0.
-    3. A group is dropped if its std is at most --min_std or its mean at least MAX_MEAN, as in the
-       code (.05 and .9 of a score from 0 to 1). The paper says "and".
-    4. As in its code, Qwen-Image-Edit is trained without CFG; here it is evaluated so, too. There
-       is no EMA of the weights.
+    3. A group is dropped if its std is at most --min_std or if its mean is at least MAX_MEAN, as in
+       the code (.05 and .9 of a score from 0 to 1). The paper drops it only if both hold.
+    4. Qwen-Image-Edit is evaluated without CFG, too. Its code only trains without.
+    5. The trained LoRA is evaluated and saved. Its code keeps a running mean of it for that.
 
-Metrics: reward, reward_std (within groups), parse_rate and eval_reward, as in train_flow_grpo.py;
-groups_kept, the share that is not dropped; change, the mean (v - v_old)^2; distance, the mean
-(v - v_ref)^2, which should grow slowly; grad_norm of the last mini-batch, before clipping to 1.
+Metrics: reward, the mean score; reward_std, the mean std within groups; parse_rate, the share of
+edits with a score; groups_kept, the share of groups that is not dropped; change, the mean
+(v - v_old)^2; distance, the mean (v - v_ref)^2, which should grow slowly; grad_norm of the last
+mini-batch, before clipping to 1; eval_reward, the mean score of the evaluation edits.
 """
 import argparse
 import base64
@@ -160,7 +165,8 @@ def parse_args():
     update.add_argument("--min_std", type=float, default=0.5,
                         help="Drop groups whose rewards have at most this std.")
     update.add_argument("--beta", type=float, default=1e-4,
-                        help="The weight of the distance to the base editor; 0 skips it.")
+                        help="The weight of the distance to the base editor, which 0 skips. It is "
+                             "not the paper's beta, which is STRENGTH here.")
     update.add_argument("--lora_rank", type=int, default=32, help="LoRA's r; its alpha is 2 r.")
 
     run = parser.add_argument_group("run")
@@ -180,38 +186,41 @@ def parse_args():
 
 # ------------------------------------------------------------ the mathematics
 
+def group_statistics(rewards, min_std):
+    """Mean and std of each group of rewards (P, G), and is it kept? -> (P, 1) each.
+
+    A group is dropped if it has little to teach: its edits score alike, or nearly all are good.
+    """
+    mean = rewards.nanmean(1, keepdim=True)                 # NaN if the whole group is
+    std = (rewards - mean).square().nanmean(1, keepdim=True).sqrt()
+    return mean, std, (std > min_std) & (mean < MAX_MEAN)   # False for NaN
+
+
 def nft_advantages(rewards, all_rewards, min_std):
     """A of each edit: (P, G) -> (P, G). It is NaN for an edit that is not trained on.
 
-    all_rewards are those of all ranks, whose std scales A. NaN rewards are left out of everything,
-    and so are groups with little to teach: all edits score alike, or nearly all of them are good.
+    all_rewards are those of all ranks, whose std scales A. NaN rewards are left out of everything.
     """
-    advantages = torch.full_like(rewards, math.nan)
-    scored = all_rewards[~all_rewards.isnan()]
-    scale = scored.std(correction=0) + 1e-4
-    for p, group in enumerate(rewards):
-        mean = group.nanmean()
-        std = (group - mean).square().nanmean().sqrt()
-        if std > min_std and mean < MAX_MEAN:               # neither holds if all scores are NaN
-            advantages[p] = (group - mean) / scale
-    return advantages
+    scale = all_rewards[~all_rewards.isnan()].std(correction=0) + 1e-4
+    mean, _, is_kept = group_statistics(rewards, min_std)
+    return torch.where(is_kept, (rewards - mean) / scale, math.nan)
 
 
-def nft_loss(v, v_old, x_t, x0, t, advantage, strength):
+def nft_loss(v, v_old, x_t, x0, t, advantage):
     """The loss of each noised edit: v, v_old, x_t, x0 (B, S, C), t, advantage (B,) -> (B,)."""
     t = t[:, None, None]
-    delta = strength * (v - v_old)
 
     def weighted_error(velocity):
         error = (x_t - t * velocity) - x0
         w = error.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)
         return (error.square() / w).mean((1, 2))                            # (B,)
 
+    v_plus = v_old + STRENGTH * (v - v_old)
+    v_minus = v_old - STRENGTH * (v - v_old)
     clipped = advantage.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
     rho = (1 + clipped / ADVANTAGE_CLIP) / 2
-    towards = weighted_error(v_old + delta)
-    away = weighted_error(v_old - delta)
-    return ADVANTAGE_CLIP / strength * (rho * towards + (1 - rho) * away)
+    loss = rho * weighted_error(v_plus) + (1 - rho) * weighted_error(v_minus)
+    return ADVANTAGE_CLIP / STRENGTH * loss
 
 
 def expected_value(logits, values):
@@ -221,26 +230,28 @@ def expected_value(logits, values):
 
 @dataclass
 class Estimate:
-    """What dpm2 keeps of its last step."""
+    """What dpm2 keeps of a step."""
     x0: torch.Tensor                    # (B, S, C): the edit that was predicted there
     half_log_snr: torch.Tensor          # log((1 - sigma) / sigma)
 
 
-def dpm2_velocity(x, velocity, sigma, sigma_next, last):
+def dpm2_velocity(x, velocity, sigma, sigma_next, previous):
     """The velocity of a second-order step of DPM-Solver++, and the Estimate for the next step.
 
-    x, velocity (B, S, C); last: the Estimate of the last step, or None. The predicted edit is
-    extrapolated from its change since the last step. The first step, the one after sigma = 1 and
-    the one to sigma = 0 are Euler steps, as in diffusers, so three of six are of second order.
+    x, velocity (B, S, C); previous: the Estimate of the step before, or None. The predicted edit is
+    extrapolated from its change since then. Three steps are Euler steps, as in diffusers: the first
+    (nothing was kept), the second (half_log_snr is -inf at sigma = 1), and the last (sigma_next is
+    0). So three steps of six are of second order.
     """
-    # x' = (s' / s) x + (1 - s' / s) x0 is its update, and an Euler step with v = (x - x0) / s.
     x0 = x - sigma * velocity
-    now = ((1 - sigma) / sigma).log()
-    estimate = Estimate(x0, half_log_snr=now)
-    if last is not None and last.half_log_snr.isfinite() and sigma_next > 0:
-        next_one = ((1 - sigma_next) / sigma_next).log()
-        ratio = (now - last.half_log_snr) / (next_one - now)
-        x0 = x0 + (x0 - last.x0) / (2 * ratio)
+    half_log_snr = ((1 - sigma) / sigma).log()
+    estimate = Estimate(x0, half_log_snr)
+    if previous is not None and previous.half_log_snr.isfinite() and sigma_next > 0:
+        half_log_snr_next = ((1 - sigma_next) / sigma_next).log()
+        ratio = (half_log_snr - previous.half_log_snr) / (half_log_snr_next - half_log_snr)
+        x0 = x0 + (x0 - previous.x0) / (2 * ratio)
+    # DPM-Solver++ moves x to (sigma_next / sigma) x + (1 - sigma_next / sigma) x0. An Euler step
+    # with this velocity leads to the same place.
     return (x - x0) / sigma, estimate
 
 
@@ -278,7 +289,10 @@ def add_loras(model, layer_names, lora_rank):
 
 @torch.no_grad()
 def follow(model, num_updates):
-    """Move the old LoRA to the trained one; num_updates: the optimizer steps so far."""
+    """Move the old LoRA to the trained one; num_updates: the planned optimizer steps so far.
+
+    A and B are moved one by one, as in UniWorld-V2's code; their product does not move in a line.
+    """
     eta = min(0.001 * num_updates, 0.5)
     for layer in model.modules():
         if hasattr(layer, "old_A"):
@@ -311,7 +325,7 @@ def score_edits(reward_model, prompts, images, group_size, args):
 
 
 def chats_of_edits(prompts, images, group_size, chat_of):
-    """Yield the prompts and the chats of REWARD_BATCH_SIZE images at a time."""
+    """Yield batches (prompts, chats), with one of each for every image."""
     prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
     for start in range(0, len(images), REWARD_BATCH_SIZE):
         batch = slice(start, start + REWARD_BATCH_SIZE)
@@ -321,10 +335,10 @@ def chats_of_edits(prompts, images, group_size, chat_of):
 
 @torch.no_grad()
 def digit_logits(reward_model, chats, beginnings, num_digits):
-    """The logits of the digits 0 to num_digits - 1 as the next token: (R, num_digits), in fp32.
+    """The logits of the digits 0 to num_digits - 1 after R chats: (R, num_digits), in fp32.
 
-    The next token is the one after these beginnings of R replies. bf16 would round a logit near 20
-    by up to 0.06, so only the hidden state is computed in bf16.
+    beginnings: the text of each reply before the digit. bf16 would round a logit near 20 by up to
+    0.06, so only the hidden state is computed in bf16.
     """
     processor = reward_model.processor
     tokenizer = processor.tokenizer
@@ -345,12 +359,18 @@ def digit_logits(reward_model, chats, beginnings, num_digits):
     return hidden.float() @ model.lm_head.weight[token_ids].float().T
 
 
+def text_before_score(text):
+    """A verdict up to the first digit of its score, or all of it if there is none."""
+    tags = list(re.finditer(r"<score>[\s*]*", text))
+    return text[:tags[-1].end()] if tags else text
+
+
 def score_edits_expected(reward_model, prompts, images, group_size, args):
     """Like score_edits, but the mean over the first digits that the score could begin with.
 
     The reasoning and the answers are those of the greedy verdict. This is an approximation: a digit
-    counts for the middle of the scores that begin with it (7 for 7.5). 1 may also begin a 10: it
-    counts for 10 if the greedy score is 10.
+    counts for the middle of the scores that begin with it (7 for 7.5). 1 may also begin a 10, but
+    it counts for 10 only if the greedy score is 10: a likely 10 beside a greedy 9 is taken for 1.5.
     """
     def chat_of(prompt, image):
         return verdict_chat(
@@ -359,8 +379,7 @@ def score_edits_expected(reward_model, prompts, images, group_size, args):
     scores = []
     for batch_prompts, chats in chats_of_edits(prompts, images, group_size, chat_of):
         texts = [reply.text for reply in reward_model.generate(chats, args.max_new_tokens)]
-        # A text without <score> is not a verdict; its logits are not used.
-        beginnings = [text[:text.rfind("<score>") + len("<score>")] for text in texts]
+        beginnings = [text_before_score(text) for text in texts]
         logits = digit_logits(reward_model, chats, beginnings, 10).cpu()
         for prompt, text, row_logits in zip(batch_prompts, texts, logits):      # (10,) each
             verdict = parse_verdict(text, len(prompt.row["principles"]))
@@ -409,16 +428,21 @@ REWARDS = {"verdict": score_edits, "expected": score_edits_expected, "direct": s
 # ------------------------------------------------------------ the phases of a training step
 
 @torch.no_grad()
-def draw_edits(editor, prompts, group_size, seed_key, args):
-    """Draw group_size edits of each prompt: the images, prompt by prompt, and latents (G, S, C)."""
+def draw_edits(editor, prompts, group_size, lora, seed_key, args):
+    """Draw group_size edits of each prompt: the images, prompt by prompt, and latents (G, S, C).
+
+    lora: "old" or "trained". seed_key: the step, or a name for noise that is always the same.
+    """
+    editor.pipe.transformer.active_lora = lora
     images = []
     latents = []
     for prompt in prompts:
+        edit_shape = prompt.cond.image_latents.shape[1:]    # (S, C): that of the source image
         noise = []
         for g in range(group_size):     # a seed per edit: it depends on no batch and on no rank
             seed = derive_seed("noise", args.seed, seed_key, prompt.row["id"], g)
-            noise.append(torch.randn(prompt.cond.image_latents.shape[1:],
-                                     generator=torch.Generator().manual_seed(seed)))
+            generator = torch.Generator().manual_seed(seed)
+            noise.append(torch.randn(edit_shape, generator=generator))
         noise = torch.stack(noise).to(prompt.cond.image_latents.device)     # (G, S, C)
         finished = []
         for batch in noise.split(args.micro_batch_size):
@@ -432,50 +456,74 @@ def draw_edits(editor, prompts, group_size, seed_key, args):
 def solve_ode(editor, cond, x, args):
     """Noise x (B, S, C) -> latents of finished edits (B, S, C)."""
     sigmas = get_sigmas(editor.pipe.scheduler, x.shape[1], args.num_inference_steps).to(x.device)
-    last = None
+    estimate = None
     for i in range(args.num_inference_steps):
         velocity = editor.predict_velocity(x, sigmas[i], cond)
         if args.solver == "dpm2":
-            velocity, last = dpm2_velocity(x, velocity, sigmas[i], sigmas[i + 1], last)
+            velocity, estimate = dpm2_velocity(
+                x, velocity, sigmas[i], sigmas[i + 1], estimate)
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity
     return x
 
 
-def draw_noise(prompt, edit_indices, sigmas, step, args):
-    """K distinct noise levels t for each of m edits, and noise: (m K,) and (m K, S, C).
+@dataclass
+class NoisedEdits:
+    """B terms of the loss; each is an edit of one prompt at one noise level."""
+    x0: torch.Tensor                    # (B, S, C): the edit
+    t: torch.Tensor                     # (B,): the noise level
+    noise: torch.Tensor                 # (B, S, C)
+    advantage: torch.Tensor             # (B,)
 
-    Each edit has its own seed, so that its noise does not depend on the other edits.
+
+def noise_edits(editor, prompt, latents, advantages, step, args):
+    """Yield NoisedEdits, --micro_batch_size at a time: every kept edit of a prompt at K levels.
+
+    latents (G, S, C), advantages (G,). The K levels of an edit are distinct. Each edit has its own
+    seed, so that its noise does not depend on the other edits.
     """
+    sigmas = get_sigmas(editor.pipe.scheduler, latents.shape[1], args.num_inference_steps).cpu()
+    kept = (~advantages.isnan()).nonzero().flatten().tolist()
     levels = []
     noises = []
-    for g in edit_indices:
+    for g in kept:
         seed = derive_seed("train", args.seed, step, prompt.row["id"], g)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(args.num_inference_steps, generator=generator)
-        levels.append(sigmas[order[:args.num_train_sigmas]])                # never sigma = 0
-        shape = (args.num_train_sigmas, *prompt.cond.image_latents.shape[1:])
-        noises.append(torch.randn(shape, generator=generator))
-    return torch.cat(levels), torch.cat(noises)
+        levels.extend(sigmas[order[:args.num_train_sigmas]])                # without the final 0
+        for _ in range(args.num_train_sigmas):
+            noises.append(torch.randn(latents.shape[1:], generator=generator))
+    edit_of_term = torch.tensor(kept).repeat_interleave(args.num_train_sigmas)
+    for terms in torch.arange(len(levels)).split(args.micro_batch_size):
+        if len(terms) == 0:
+            continue                                        # nothing is kept
+        edits = edit_of_term[terms]
+        yield NoisedEdits(
+            x0=latents[edits],
+            t=torch.stack([levels[i] for i in terms]).to(latents),
+            noise=torch.stack([noises[i] for i in terms]).to(latents),
+            advantage=advantages[edits].to(latents))
 
 
-def nft_terms(editor, cond, x0, t, noise, advantage, args):
-    """Loss, change and distance of B noised edits, each at its own noise level t: (B,) each."""
+def nft_terms(editor, cond, edits, args):
+    """Loss, change and distance of B noised edits: (B,) each. Without --beta distance is NaN."""
     transformer = editor.pipe.transformer
-    x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise            # (B, S, C)
+    t = edits.t[:, None, None]
+    x_t = (1 - t) * edits.x0 + t * edits.noise                              # (B, S, C)
     with torch.no_grad():
         transformer.active_lora = "old"
-        v_old = editor.predict_velocity(x_t, t, cond)
+        v_old = editor.predict_velocity(x_t, edits.t, cond)
         if args.beta > 0:
             transformer.active_lora = None
-            v_ref = editor.predict_velocity(x_t, t, cond)
-    # "trained" also during backward(): checkpointing repeats the forward pass there.
+            v_ref = editor.predict_velocity(x_t, edits.t, cond)
+    # It stays "trained": gradient checkpointing repeats this forward pass during backward().
     transformer.active_lora = "trained"
-    v = editor.predict_velocity(x_t, t, cond)
-    distance = torch.zeros_like(t)
+    v = editor.predict_velocity(x_t, edits.t, cond)
+    loss = nft_loss(v, v_old, x_t, edits.x0, edits.t, edits.advantage)
+    change = (v - v_old).square().mean((1, 2))
+    distance = torch.full_like(change, math.nan)
     if args.beta > 0:
         distance = (v - v_ref).square().mean((1, 2))
-    loss = nft_loss(v, v_old, x_t, x0, t, advantage, STRENGTH) + args.beta * distance
-    change = (v - v_old).square().mean((1, 2))
+        loss = loss + args.beta * distance
     return loss, change.detach(), distance.detach()
 
 
@@ -483,39 +531,27 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
     """One optimizer step per mini-batch of prompts. Returns the metrics of the update."""
     changes = []
     distances = []
-    trained = ~advantages.isnan()                                           # (P, G)
     for prompt_indices in np.array_split(np.arange(len(prompts)), args.num_minibatches):
-        # A term is one edit at one noise level. The loss is a mean over the terms of all ranks.
-        num_local_terms = trained[prompt_indices].sum().item() * args.num_train_sigmas
-        num_total_terms = sum(all_gather_lists([num_local_terms]))
+        # The loss is a mean over the terms of all ranks: every kept edit at every noise level.
+        num_kept = (~advantages[prompt_indices].isnan()).sum().item()
+        num_terms = sum(all_gather_lists([num_kept * args.num_train_sigmas]))
         for param in params:
             param.grad = torch.zeros_like(param)    # not None: all ranks join the all_reduce
         for p in prompt_indices:
-            edit_indices = trained[p].nonzero().flatten().tolist()
-            if not edit_indices:
-                continue
-            sigmas = get_sigmas(editor.pipe.scheduler, latents[p].shape[1],
-                                args.num_inference_steps).cpu()
-            t, noise = draw_noise(prompts[p], edit_indices, sigmas, step, args)
-            edit_of_term = torch.tensor(edit_indices).repeat_interleave(args.num_train_sigmas)
-            x0 = latents[p][edit_of_term]                                   # (m K, S, C)
-            advantage = advantages[p, edit_of_term]                         # (m K,)
-            for terms in torch.arange(len(t)).split(args.micro_batch_size):
-                loss, change, distance = nft_terms(
-                    editor, prompts[p].cond, x0[terms], t[terms].to(x0), noise[terms].to(x0),
-                    advantage[terms].to(x0), args)
-                (loss.sum() / num_total_terms).backward()
+            for edits in noise_edits(editor, prompts[p], latents[p], advantages[p], step, args):
+                loss, change, distance = nft_terms(editor, prompts[p].cond, edits, args)
+                (loss.sum() / num_terms).backward()
                 changes.extend(change.tolist())
                 distances.extend(distance.tolist())
         if dist.is_initialized():
             for param in params:
-                dist.all_reduce(param.grad)         # a sum, since num_total_terms counts all ranks
+                dist.all_reduce(param.grad)         # a sum, since num_terms counts all ranks
         grad_norm = clip_gradients(params, step)
-        if num_total_terms > 0:
+        if num_terms > 0:
             optimizer.step()
-    changes = torch.tensor(all_gather_lists(changes))
+    changes = torch.tensor(all_gather_lists(changes))       # its mean is NaN if nothing was kept
     distances = torch.tensor(all_gather_lists(distances))
-    return dict(change=changes.mean().item(), distance=distances.mean().item(),  # NaN if no terms
+    return dict(change=changes.mean().item(), distance=distances.mean().item(),
                 grad_norm=grad_norm)
 
 
@@ -529,8 +565,7 @@ def evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args)
     edits_path = folder / "edits.jsonl"
     indices = np.array_split(np.arange(len(eval_rows)), world_size)[rank]   # this rank's share
     prompts = encode_prompts(editor, [eval_rows[i] for i in indices], args)
-    editor.pipe.transformer.active_lora = "trained"
-    images, _ = draw_edits(editor, prompts, group_size=1, seed_key="held out", args=args)
+    images, _ = draw_edits(editor, prompts, 1, "trained", seed_key="held out", args=args)
     scores = []
     if prompts:                                     # a rank may have none
         score_images = REWARDS[args.reward_type]
@@ -550,12 +585,11 @@ def evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args)
 
 def rollout_metrics(rewards, min_std):
     """Metrics of the rewards (P, G) of all ranks."""
-    std = (rewards - rewards.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-    kept = ~nft_advantages(rewards, rewards, min_std).isnan().all(1)
+    _, std, is_kept = group_statistics(rewards, min_std)
     return dict(
         reward=rewards.nanmean().item(),
         reward_std=std.nanmean().item(),
-        groups_kept=kept.float().mean().item(),
+        groups_kept=is_kept.float().mean().item(),
         parse_rate=(~rewards.isnan()).float().mean().item())
 
 
@@ -568,6 +602,8 @@ def load_prompts(args, rank, world_size):
     if args.prompts_per_step % divisor > 0 or args.prompts_per_step > len(train_rows):
         raise SystemExit(f"--prompts_per_step must be a multiple of ranks x --num_minibatches = "
                          f"{divisor} and at most the {len(train_rows)} training prompts.")
+    if args.group_size < 2:
+        raise SystemExit("--group_size must be at least 2: an edit is compared with its group.")
     if not 0 < args.num_train_sigmas <= args.num_inference_steps:
         raise SystemExit("--num_train_sigmas must be from 1 to --num_inference_steps.")
     if args.reward_type != "verdict" and args.reward.startswith(("http://", "https://")):
@@ -583,9 +619,10 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # Qwen: no CFG
+    # Qwen-Image-Edit goes without CFG; FLUX.1-Kontext keeps its guidance input, 2.5.
+    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
-    reward_model = VLM(args.reward, served_model="", device=device)
+    reward_model = VLM(args.reward, served_model="", device=device)     # a server's only model
     score_images = REWARDS[args.reward_type]
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
     params = add_loras(pipe.transformer, editor.lora_layers, args.lora_rank)
@@ -612,15 +649,15 @@ def main():
         row_indices = batch_indices(len(train_rows), args.prompts_per_step, args.seed, step)
         rows = [train_rows[i] for i in row_indices[rank::world_size]]
         prompts = encode_prompts(editor, rows, args)
-        pipe.transformer.active_lora = "old"
-        images, latents = draw_edits(editor, prompts, args.group_size, seed_key=step, args=args)
+        images, latents = draw_edits(editor, prompts, args.group_size, "old", step, args)
 
         # ---- 3. Rewards and advantages; groups that teach nothing are dropped.
         rewards = score_images(reward_model, prompts, images, args.group_size, args)        # (P, G)
         all_rewards = torch.tensor(all_gather_lists(rewards.tolist()))      # of all ranks
         if all_rewards.isnan().all():
-            raise SystemExit(f"step {step}: no verdict could be parsed. Is {args.reward} a reward "
-                             "model, and is --max_new_tokens large enough for its verdicts?")
+            raise SystemExit(f"step {step}: no edit has a score. If an error of the server stands "
+                             f"above, mend that. Else: is {args.reward} a reward model, and is "
+                             "--max_new_tokens large enough for its verdicts?")
         advantages = nft_advantages(rewards, all_rewards, args.min_std)     # (P, G)
 
         # ---- 4. Update the trained LoRA, let the old one follow, and log.
@@ -635,7 +672,8 @@ def main():
 # ------------------------------------------------------------ as in train_flow_grpo.py
 #
 # From here on the functions are those of train_flow_grpo.py, letter for letter: the verdict, the
-# editors, one LoRA, the prompts, and the helpers.
+# editors, how a LoRA is saved, the prompts, and the helpers. Some of their branches serve that
+# script alone: CFG, sampled replies, sharded parameters.
 
 VERDICT_RULES = """\
 Judge how well the second image carries out the instruction on the first image. First describe what

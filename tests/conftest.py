@@ -1,12 +1,18 @@
 """Random tiny VLMs, a few rows of the toy world, and ways to run a script, for all tests."""
 import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"          # the models are tiny: a second thread only waits
 
@@ -88,21 +94,64 @@ def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def run_script(name, *flags, ranks=1, check=True, timeout=600, **more):
-    """`python name flags`, or the same by torchrun; returns the process with its output as text."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(part) for part in (ROOT / name, *flags)]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          cwd=ROOT, **more) as run:
-        late = Timer(timeout, run.terminate)    # torchrun then ends ranks that wait for each other
-        late.daemon = True
-        late.start()
-        text = run.communicate()[0]
-        late.cancel()
-    assert not check or run.returncode == 0, text[max(0, len(text) - 4000):]
-    return subprocess.CompletedProcess(command, run.returncode, text)
+# A process begins at once if it is forked from one that has already imported the libraries.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "conftest", "diffusers.pipelines.flux.pipeline_flux_kontext", "evaluate", "decompose", "build_sft",
+    "train_sft", "train_gcpo", "train_flow_grpo", "train_nft", "train_editreward", "curate"])
+
+
+def join_ranks(rank, world_size, port):
+    """In a process of its own: the environment that torchrun gives to a rank."""
+    if world_size > 1:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_as_main(name, flags, log, rank, world_size, port):
+    """In a process of its own: what `python name flags` does, as one rank; it prints to the file `log`."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    join_ranks(rank, world_size, port)
+    sys.argv = [str(ROOT / name), *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_script(name, *flags, ranks=1, check=True, timeout=600):
+    """What `python name flags` does, or so many ranks of it; returns the exit code and the output as text."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        log.touch()
+        processes = [FORKS.Process(target=run_as_main, args=(
+            name, [str(flag) for flag in flags], log, rank, ranks, port)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        late = time.time() + timeout
+        while any(process.is_alive() for process in processes):
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], 1)
+            if time.time() > late or any(process.exitcode for process in processes):
+                for process in processes:           # as torchrun ends the ranks that wait for a dead one
+                    process.terminate()
+        text = log.read_text(encoding="utf-8", errors="replace")
+    code = max(processes, key=lambda process: abs(process.exitcode)).exitcode
+    assert not check or code == 0, text[max(0, len(text) - 4000):]
+    return SimpleNamespace(returncode=code, stdout=text)
+
+
+def run_command(name, *flags, ranks=1, timeout=3600):
+    """`python name flags`, or torchrun, as one types it. It may be called in a thread; run_script may not."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    subprocess.run([sys.executable, *(launcher if ranks > 1 else []), str(ROOT / name), *map(str, flags)],
+                   cwd=ROOT, check=True, timeout=timeout)
 
 
 def say_verdict(verdict, score):

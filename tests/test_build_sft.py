@@ -2,12 +2,10 @@
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import weakref
 from pathlib import Path
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import build_sft as B
 import world
-from conftest import ROOT, read_rows, say_verdict, write_rows
+from conftest import FORKS, ROOT, free_port, join_ranks, read_rows, say_verdict, write_rows
 
 MODELS_FOLDER = ROOT / "toy/models"
 STEPS = ("candidates", "traces", "sft")
@@ -350,8 +348,7 @@ def test_edits_made_elsewhere_enter_at_step_b(run, principles, tmp_path):
 def child(rank, world_size, port, num_rows):
     """In a process of its own: this rank of the run, killed amid the row after so many if there is a number."""
     vars(B).update(FAKES)
-    if world_size > 1:
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join_ranks(rank, world_size, port)
     append, rows = B.append_jsonl, []
 
     def append_or_die(path, row):
@@ -367,10 +364,7 @@ def child(rank, world_size, port, num_rows):
 
 def start(out, monkeypatch, rank=0, world_size=1, port=0, num_rows=None):
     monkeypatch.setattr(sys, "argv", ["build_sft.py", "--out", str(out), *sys.argv[3:]])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "diffusers.pipelines.flux.pipeline_flux_kontext", "evaluate",
-                                    "decompose", "build_sft", "train_sft", "train_gcpo", "train_flow_grpo"])
-    process = context.Process(target=child, args=[rank, world_size, port, num_rows])
+    process = FORKS.Process(target=child, args=[rank, world_size, port, num_rows])
     process.start()
     return process
 
@@ -389,9 +383,7 @@ def test_killed_in_every_step(run, monkeypatch, tmp_path):
 def test_two_ranks_write_the_same_files(run, monkeypatch, tmp_path):
     """A12: rows in the order of the input; only what failed has the order in which it failed."""
     one, out = files(run("one")[0]), tmp_path / "two"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     for process in [start(out, monkeypatch, rank, 2, port) for rank in (0, 1)]:
         process.join()
         assert process.exitcode == 0

@@ -1,12 +1,10 @@
 """Stage 1: the parser on ugly replies, equal questions for equal requests, restarts, ranks, failed rows."""
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 from PIL import Image
 
 import decompose as D
-from conftest import ROOT, read_rows, write_rows
+from conftest import FORKS, ROOT, free_port, join_ranks, read_rows, write_rows
 
 FOUR = [{"question": f"Is it {word}?", "category": category} for word, category in
         (("red", "follow"), ("whole", "keep"), ("there", "keep"), ("sharp", "quality"))]
@@ -210,27 +208,21 @@ def child(rank, world_size, port, seconds):
     global PAUSE
     PAUSE = 0.05
     D.VLM = FakeVLM
-    if world_size > 1:
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=str(port))
+    join_ranks(rank, world_size, port)
     if seconds:
         Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
     D.main()
 
 
 def start(rank=0, world_size=1, port=0, seconds=0.0):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "decompose"])
-    process = context.Process(target=child, args=[rank, world_size, port, seconds])
+    process = FORKS.Process(target=child, args=[rank, world_size, port, seconds])
     process.start()
     return process
 
 
 def run_ranks(world_size):
     """All ranks of a run, with the flags of sys.argv."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [start(rank, world_size, port) for rank in range(world_size)]
     for process in processes:
         process.join(120)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows, run_script, say_verdict, write_rows
+from conftest import read_rows, run_command, run_script, say_verdict, write_rows
 from PIL import Image
 
 import evaluate
@@ -624,7 +624,7 @@ def test_two_ranks_and_a_real_model(run_here, tmp_path, vlm, pairs):
     """torchrun with two ranks gives every row the replies that one process gives it, in the same order, and one summary."""
     flags = ("reward", "--pairs", pairs, "--vlm", vlm, "--num_samples", 2, "--batch_size", 8, "--max_new_tokens", 4, "--out")
     run_here(evaluate, *flags, tmp_path / "one")
-    run_script("evaluate.py", *flags, tmp_path / "two", ranks=2)
+    run_command("evaluate.py", *flags, tmp_path / "two", ranks=2)
     one, two = (tmp_path / name / "scores.jsonl" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes() and len(read_rows(one)) == 24
     first, second = ((tmp_path / name / "reward.json").read_text() for name in ("one", "two"))

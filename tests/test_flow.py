@@ -3,7 +3,6 @@ import base64
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -26,7 +25,7 @@ from torch.distributions import Normal, kl_divergence
 
 import build_sft
 import train_flow_grpo as F
-from conftest import ROOT, read_rows, run_script, say_verdict, write_rows
+from conftest import FORKS, ROOT, read_rows, run_script, say_verdict, write_rows
 
 NAN, SIZE, SHAPE = math.nan, 32, (4, 32)            # a tiny image's latents: S tokens of C channels
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -405,13 +404,10 @@ def main_killed_after(num_rows, seconds):
 def test_killed_at_five_random_moments(straight, flags, tmp_path, run_here, monkeypatch):
     """kill -9, --resume, five times over: in the end the very LoRA and rows of the uninterrupted run."""
     monkeypatch.setattr(sys, "argv", [F.__file__, *map(str, flags), str(tmp_path), "--resume"])
-    context = multiprocessing.get_context("forkserver")
     rng = random.Random(0)
-    context.set_forkserver_preload(
-        ["tests.conftest", "diffusers.pipelines.flux.pipeline_flux_kontext", "train_flow_grpo"])
     codes = []
     for num_rows in (1, 2, 4, 1, 2):
-        process = context.Process(target=main_killed_after, args=[num_rows, rng.uniform(0, 0.05)])
+        process = FORKS.Process(target=main_killed_after, args=[num_rows, rng.uniform(0, 0.05)])
         process.start()
         process.join(120)
         codes.append(process.exitcode)

@@ -1,7 +1,6 @@
 """GCPO: equations by brute force, the shared prefix against a plain forward, and whole runs of the script."""
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_gcpo as G
-from conftest import ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
+from conftest import FORKS, ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
 
 NAN = math.nan
 # five held-out pairs on two ranks, and three pairs a step: the ranks never have the same number of anything
@@ -407,12 +406,11 @@ def test_killed_at_five_random_moments(straight, vlm, pairs, tmp_path, run_here,
     """kill -9, --resume, five times over: in the end the very weights and rows of the uninterrupted run."""
     flags = [*map(str, (*SMALL, "--pairs", pairs, "--model", vlm, "--out", tmp_path, "--resume"))]
     monkeypatch.setattr(sys, "argv", [G.__file__, *flags])                        # the children take it over
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["train_gcpo"])
+    rng = random.Random(0)
     begun, ended = ((straight[0] / name).stat().st_mtime for name in ("config.json", "model"))
     for _ in range(5):
         moment = rng.uniform(0, 0.6 * (ended - begun))
-        process = context.Process(target=main_killed_after, args=[moment])
+        process = FORKS.Process(target=main_killed_after, args=[moment])
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -9,18 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import world
-from conftest import run_script
+from conftest import run_command
 
 MODELS = Path("toy/models")        # seen from the root: traces are drawn by the name of their VLM
 EDITOR = MODELS / "editor"
 WEAK = MODELS / "editor_weak"
 TEACHER = MODELS / "teacher"
 VLM = MODELS / "vlm"
-
-
-def run_stage(*command):
-    """A stage may take long: all other tests run beside it."""
-    run_script(*command, timeout=3600)
 
 
 def together(*jobs):
@@ -45,7 +40,7 @@ def principles_of(folder, split, n):
 
 def edits_of(out, split, n, *judges):
     """Stage 2 on n prompts: the editors' own edits; with judges also the cold-start data."""
-    run_stage("build_sft.py", "--toy", "--principles", principles_of(out, split, n),
+    run_command("build_sft.py", "--toy", "--principles", principles_of(out, split, n),
                "--editors", EDITOR, WEAK, *judges, "--out", out / split)
     if judges:
         return out / split / "sft.jsonl"
@@ -55,13 +50,13 @@ def edits_of(out, split, n, *judges):
 
 def judge(out, name, model, pairs):
     """One sampled verdict on both edits of every pair."""
-    run_stage("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", pairs,
+    run_command("evaluate.py", "reward", "--toy", "--temperature", 1, "--pairs", pairs,
                "--vlm", model, "--out", out / name)
 
 
 def draw(out, name, prompts, *lora):
     """Two edits of every prompt, the same noise for all editors, judged by the oracle."""
-    run_stage("build_sft.py", "--toy", "--principles", prompts, "--editors", EDITOR,
+    run_command("build_sft.py", "--toy", "--principles", prompts, "--editors", EDITOR,
                "--num_images_per_prompt", 2, *lora, "--out", out / name)
     world.judge(out / name / "candidates.jsonl", out / name / "scores.jsonl")
 
@@ -73,14 +68,14 @@ def learn(out):
     data, pairs, held = together(
         (edits_of, out, "sft", 110, "--pool", TEACHER, "--inspector", TEACHER),
         (edits_of, out, "preferences", 140), (edits_of, out, "reward_bench", 180))
-    together((run_stage, "train_sft.py", "--toy", "--data", data, "--model", VLM,
+    together((run_command, "train_sft.py", "--toy", "--data", data, "--model", VLM,
               "--num_eval", 16, "--eval_every", 100, "--out", out / "start"),
              (judge, out, "base", VLM, held), (draw, out, "before", bench))
-    together((run_stage, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
+    together((run_command, "train_gcpo.py", "--toy", "--pairs", pairs, "--model", out / "start/model",
               "--steps", 40, "--num_eval", 12, "--eval_every", 40,
               "--out", out / "gcpo"),
              (judge, out, "sft", out / "start/model", held))
-    together((run_stage, "train_flow_grpo.py", "--toy", "--prompts", rows,
+    together((run_command, "train_flow_grpo.py", "--toy", "--prompts", rows,
               "--editor", EDITOR, "--reward", out / "gcpo/model", "--prompts_per_step", 8,
               "--steps", 10, "--num_eval", 8, "--eval_every", 10, "--out", out / "flow"),
              (judge, out, "rl", out / "gcpo/model", held))
@@ -91,7 +86,7 @@ def learn(out):
 def gains(out, kind, *names):
     """Metrics of scores.jsonl files, and the paired gains from one to the next, by `report`."""
     files = [f"{name}={out / name / 'scores.jsonl'}" for name in names]
-    run_stage("evaluate.py", "report", "--scores", *files, "--out", out / "report")
+    run_command("evaluate.py", "report", "--scores", *files, "--out", out / "report")
     report = json.loads((out / "report/report.json").read_text())
     print((out / "report/report.md").read_text())
     return report[kind], list(report[f"{kind}_gains"].values())

@@ -32,12 +32,13 @@ def random_terms(batch=6):
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
-def test_before_the_update_it_is_advantage_weighted_flow_matching(strength):
+def test_before_the_update_it_is_advantage_weighted_flow_matching(strength, monkeypatch):
     """At v = v_old the gradient is clip(A, -5, 5) times that of flow matching, whose error is t (u - v)."""
+    monkeypatch.setattr(N, "STRENGTH", strength)
     v_old, x0, noise, t, x_t = random_terms()
     advantage = torch.tensor([-9.0, -1, 0, 0.5, 2, 9])
     v = v_old.clone().requires_grad_()
-    N.nft_loss(v, v_old, x_t, x0, t, advantage, strength).sum().backward()
+    N.nft_loss(v, v_old, x_t, x0, t, advantage).sum().backward()
     u = v_old.clone().requires_grad_()
     error = t[:, None, None] * (noise - x0 - u)
     weight = error.detach().abs().mean((1, 2), keepdim=True)
@@ -46,8 +47,9 @@ def test_before_the_update_it_is_advantage_weighted_flow_matching(strength):
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_the_fixed_point_does_not_depend_on_the_size_of_the_advantage(strength):
+def test_the_fixed_point_does_not_depend_on_the_size_of_the_advantage(strength, monkeypatch):
     """v runs to v_old + sign(A) / b (u - v_old): the weight shrinks with the error."""
+    monkeypatch.setattr(N, "STRENGTH", strength)
     v_old, x0, noise, t, x_t = random_terms()
     advantage = torch.tensor([-4.0, -1, -0.5, 0.5, 1, 4])
     v = v_old.clone().requires_grad_()
@@ -55,7 +57,7 @@ def test_the_fixed_point_does_not_depend_on_the_size_of_the_advantage(strength):
     for step in range(3000):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 3000)
         optimizer.zero_grad()
-        N.nft_loss(v, v_old, x_t, x0, t, advantage, strength).sum().backward()
+        N.nft_loss(v, v_old, x_t, x0, t, advantage).sum().backward()
         optimizer.step()
     wanted = v_old + advantage.sign()[:, None, None] / strength * (noise - x0 - v_old)
     assert torch.allclose(v, wanted, atol=0.02)
@@ -64,14 +66,15 @@ def test_the_fixed_point_does_not_depend_on_the_size_of_the_advantage(strength):
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_with_a_constant_weight_the_minimum_depends_on_it(strength, monkeypatch):
     """Then it is v_old + A / (5 b) (u - v_old), as the docstring derives."""
+    monkeypatch.setattr(N, "STRENGTH", strength)
     v_old, x0, noise, t, x_t = random_terms()
     advantage = torch.tensor([-4.0, -1, -0.5, 0.5, 1, 4])
     v = (v_old + (advantage / (5 * strength))[:, None, None] * (noise - x0 - v_old)).requires_grad_()
     monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: torch.ones_like(x) if "min" in k else x)
-    N.nft_loss(v, v_old, x_t, x0, t, advantage, strength).sum().backward()
+    N.nft_loss(v, v_old, x_t, x0, t, advantage).sum().backward()
     assert v.grad.abs().max() < 1e-5
     far = v_old.clone().requires_grad_()
-    N.nft_loss(far, v_old, x_t, x0, t, advantage, strength).sum().backward()
+    N.nft_loss(far, v_old, x_t, x0, t, advantage).sum().backward()
     assert far.grad.abs().max() > 1e-2
 
 
@@ -167,6 +170,12 @@ def velocity_of(editor, prompts, lora):
         return editor.predict_velocity(x, torch.tensor(0.6), prompts[0].cond)
 
 
+def test_the_text_before_the_score():
+    """With the blanks and stars that parse_verdict allows; the last tag counts."""
+    assert N.text_before_score("<score>1</score> so\n<score> **7.5</score>") == "<score>1</score> so\n<score> **"
+    assert N.text_before_score("no score") == "no score"
+
+
 def test_two_loras_and_the_base(setting, editor_folder, tmp_path):
     """They begin as the base; the old one follows by eta; only the trained one is saved, for stock tools."""
     editor, _, prompts = setting
@@ -198,7 +207,7 @@ def test_the_rollout_is_that_of_flow_grpo_without_its_sde(setting):
     editor, args, prompts = setting
     args.sde_window_size, args.noise_level = 2, 0.7
     editor.pipe.transformer.lora_enabled = True
-    images, latents = N.draw_edits(editor, prompts[:2], 3, 5, args)
+    images, latents = N.draw_edits(editor, prompts[:2], 3, "trained", 5, args)
     flow_images, _ = F.rollout_edits(editor, prompts[:2], 3, 5, range(0), args)
     assert [i.tobytes() for i in images] == [i.tobytes() for i in flow_images]
     assert [tuple(x.shape) for x in latents] == [(3, 4, 32)] * 2
@@ -210,7 +219,7 @@ def test_the_update_is_a_mean_over_what_is_left(setting):
     params = N.add_loras(editor.pipe.transformer, editor.lora_layers, 4)
     for p in params:
         p.data += 0.1 * torch.randn_like(p)
-    _, latents = N.draw_edits(editor, prompts, 3, 0, args)
+    _, latents = N.draw_edits(editor, prompts, 3, "old", 0, args)
     advantages = torch.tensor([[1.0, NAN, -1], [NAN] * 3, [0.5, 0.2, -0.7], [NAN] * 3])
     args.num_minibatches = 1
     passes = []
@@ -225,13 +234,13 @@ def test_the_update_is_a_mean_over_what_is_left(setting):
     assert metrics["distance"] > 0 and metrics["change"] > 0
     for one, other in zip(*gradients):
         assert torch.allclose(one, other, atol=1e-6)
-    sigmas = N.get_sigmas(editor.pipe.scheduler, 4, 6)
     total = 0
-    for p, edits in ((0, [0, 2]), (2, [0, 1, 2])):
-        t, noise = N.draw_noise(prompts[p], edits, sigmas, 0, args)
-        assert t.view(-1, 2)[:, 0].ne(t.view(-1, 2)[:, 1]).all() and t.min() > 0
-        twice = torch.tensor(edits).repeat_interleave(2)
-        loss, _, _ = N.nft_terms(editor, prompts[p].cond, latents[p][twice], t, noise, advantages[p, twice], args)
+    for p, num_edits in ((0, 2), (2, 3)):
+        edits, = N.noise_edits(editor, prompts[p], latents[p], advantages[p], 0, args)
+        levels = edits.t.view(num_edits, 2)
+        assert levels[:, 0].ne(levels[:, 1]).all() and edits.t.min() > 0
+        assert torch.equal(edits.x0[::2], latents[p][~advantages[p].isnan()])
+        loss, _, _ = N.nft_terms(editor, prompts[p].cond, edits, args)
         total = total + loss.sum() / 10
     wanted = torch.autograd.grad(total, params)
     scale = min(1, 1 / math.sqrt(sum(g.square().sum() for g in wanted)))    # the update clips the norm at 1
@@ -323,6 +332,7 @@ def test_a_killed_run_resumes_to_the_same_lora(straight, flags, tmp_path, run_he
 def test_what_does_not_fit_is_refused(flags, tmp_path, run_here):
     for more, message in ((("--reward", "http://localhost:1/v1"), "gives no logits"),
                           (("--num_train_sigmas", 7), "num_train_sigmas"),
+                          (("--group_size", 1), "group_size must be at least 2"),
                           (("--prompts_per_step", 3), "must be a multiple")):
         with pytest.raises(SystemExit, match=message):
             run_here(N, *flags, tmp_path, *more)

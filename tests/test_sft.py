@@ -2,7 +2,6 @@
 import copy
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import train_sft as S
-from conftest import ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
+from conftest import FORKS, ROOT, read_rows, run_script, say_verdict, weight_difference, write_rows
 
 # Four steps. On two ranks, an evaluation takes two passes on one rank and one on the other, and a step takes
 # three passes on each, of two rows, two rows and one row.
@@ -270,10 +269,8 @@ def main_killed(argv, n_rows, seconds, n_renames):
 
 def kill_at_row(out, flags, n_rows, seconds=0.0, n_renames=0):
     """The exit code of a run with --resume that is killed (-SIGKILL, unless it was faster)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "train_sft"])
     argv = [S.__file__, *map(str, flags), "--out", str(out), "--resume"]
-    process = context.Process(target=main_killed, args=[argv, n_rows, seconds, n_renames])
+    process = FORKS.Process(target=main_killed, args=[argv, n_rows, seconds, n_renames])
     process.start()
     process.join(200)
     return process.exitcode

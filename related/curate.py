@@ -1,53 +1,59 @@
 """Curation: let a reward model choose the edits on which an editor is fine-tuned.
 
-EditReward (arXiv 2509.26346) scored 46,000 edits, kept the best, and fine-tuned Step1X-Edit. Its
-overall score on GEdit (English) was 6.44 before, 6.78 with all 46,000 edits, and 7.09 with the
-best 20,000. This script does the same with any judge, for the editors of train_flow_grpo.py. The
-scores are read from a file: unlike in reinforcement learning, nothing is drawn during training.
+EditReward (arXiv 2509.26346) scored 46,000 edits, kept the best, and fine-tuned Step1X-Edit on
+them. Step1X-Edit's overall score on GEdit (English) was 6.44 before, 6.78 after all 46,000 edits,
+and 7.09 after the best 20,000. This script does the same with any judge, for FLUX.1-Kontext and
+Qwen-Image-Edit: score once, keep the best, imitate them. Unlike in reinforcement learning, nothing
+is drawn during training.
 
-    scored edits                       edit_score          the mean score of its traces, or its O
-      -> the best --keep of them       choose_edits        or a random share, for comparison
-      -> --batch_size edits per step   batch_indices       split over the ranks
-      -> latents x0 (1, S, C), cond    encode_edits        cond: source image and instruction
-      -> K noise levels t and noise    draw_noise_levels   (K,) and (K, S, C)
-      -> a loss, a mean over K         example_loss
+    scored edits                  edit_score          one number for each
+      -> the kept edits           choose_edits        the best --keep of them, or a random share
+      -> --batch_size a step      batch_indices       split over the ranks
+      -> latents x0, cond         encode_edits        x0 (1, S, C); cond: source and instruction
+      -> K noise levels t, noise  draw_noise_levels   (K,), (K, S, C)
+      -> a loss                   example_loss        the mean over the K levels
       -> one optimizer step for the LoRA
 
-    S is the number of latent tokens of an image, and C the number of their channels. A trace is
-    one judgement of an edit (build_sft.py), O its overall score from 0 to 10 (evaluate.py judge).
+    S is the number of latent tokens of an image, and C the number of their channels.
 
-The loss is flow matching, as in the editor's pretraining, on the chosen edits alone:
+The loss is flow matching on the kept edits:
 
     x_t  = (1 - t) x0 + t noise,  the straight path from the edit (t = 0) to noise (t = 1)
     u    = noise - x0,            its velocity
-    loss = mean over the S C dimensions of (v(x_t, t, cond) - u)^2              flow_matching_loss
+    loss = mean over the S x C numbers of (v(x_t, t, cond) - u)^2                  example_loss
 
-t is a random point of the editor's own sampling schedule, one from each of K equal parts of it. For
-a large image the schedule has more points at high noise.
+t is a random point of the editor's own sampling schedule, one from each of K equal parts of it. The
+schedule has more points at high noise, the more so the larger the image.
 
 An example: two prompts have four edits each, which score 9, 8, 7, 6 and 4, 3, 2, 1. --keep 0.5
-keeps all edits of the first prompt; with --per_prompt it keeps 9, 8, 4 and 3. Without --per_prompt
-the judge's scores must be comparable between prompts. EditReward learns only from pairs of edits of
-one prompt, so its scores need not be.
+keeps all edits of the first prompt. With --per_prompt it keeps 9, 8, 4 and 3, and it keeps at least
+one edit of each prompt. The paper ranks all edits together, as is the default here. That compares
+scores of different prompts. A judge that has only learned from pairs of edits of one prompt, such
+as EditReward, need not be right there; if there are several edits of each prompt, --per_prompt is
+then the safer choice.
 
+    # 1. Draw four edits of each prompt, and score them with the judge gcpo/model.
     python build_sft.py --toy --principles rl/principles.jsonl --editors toy/models/editor \
         --num_images_per_prompt 4 --pool gcpo/model --temperatures 0 --out pool
+    # 2. Imitate the better half.
     python related/curate.py --toy --edits pool/traces.jsonl \
         --editor toy/models/editor --out curated
 
-    reads   rows {id, source, instruction, edit} with `traces` or with `O`; FLUX.1-Kontext or
-            Qwen-Image-Edit
+    reads   --edits: rows {id, source, instruction, edit} with a judge's score, which is the mean
+            score of its `traces` (build_sft.py), or else its `O` (evaluate.py judge)
     writes  out/lora (pipe.load_lora_weights loads it), out/chosen.jsonl (the rows that are trained
             on), out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
 Differences from the paper, which says little of this experiment:
     1. The editors are others, and a LoRA is trained at a constant learning rate.
-    2. The edits may be the editor's own (the paper's are GPT-4o's). Then this is one round of
-       rejection sampling: draw again with the trained LoRA for a second one.
-    3. FLUX.1-Kontext keeps its guidance input at 2.5, as it is used. Qwen-Image-Edit is trained
-       without CFG: it learns the velocity with the instruction.
+    2. The paper's edits are GPT-4o's. If they are the editor's own, this is one round of rejection
+       sampling; draw again with the trained LoRA for a second one.
+    3. FLUX.1-Kontext's guidance input stays at 2.5, but the target is the velocity of the data and
+       not of the distilled guidance. Qwen-Image-Edit learns only the velocity with the instruction;
+       its CFG, which also needs the one without, changes a little with the LoRA.
 
-Metrics: loss; eval_loss, of the evaluation edits that the same choice would keep; grad_norm.
+Metrics: loss; eval_loss, on the best half of the evaluation edits, whatever is trained on, so that
+it can be compared between choices; grad_norm.
 
 What to change for ...
     another judge            `edit_score`
@@ -81,6 +87,8 @@ from torch.distributed.tensor import DTensor
 TOY = dict(num_eval=16, resolution=32, steps=300, batch_size=12, num_noise_levels=4, lr=5e-4,
            lora_rank=16, eval_every=100)
 NUM_EVAL_LEVELS = 4                 # noise levels of an evaluation edit
+NUM_SIGMAS = 1000                   # points of the schedule, from which t is drawn
+FULL_SIZE = 4096 * 4096             # pixels: images are read whole, and then resized
 LORA_SCALE = 2                      # alpha / rank
 
 
@@ -95,15 +103,16 @@ def parse_args():
     data.add_argument("--editor", required=True, help="FLUX.1-Kontext or Qwen-Image-Edit (-Plus).")
     data.add_argument("--out", required=True, help="The folder for all outputs.")
     data.add_argument("--num_eval", type=int, default=64,
-                      help="Evaluate on the last edits, and do not train on their sources.")
+                      help="The number of last edits that are held out for evaluation; their "
+                           "sources are not trained on.")
 
     selection = parser.add_argument_group("selection")
     selection.add_argument("--keep", type=float, default=0.5,
-                           help="The share of the scored edits that is kept.")
+                           help="The share of the scored edits that is kept, rounded up.")
     selection.add_argument("--select", choices=["top", "random"], default="top",
                            help="Keep the best edits, or a random choice for comparison.")
     selection.add_argument("--per_prompt", action="store_true",
-                           help="Keep that share of the edits of each prompt.")
+                           help="Keep that share of the edits of each prompt, at least one.")
 
     training = parser.add_argument_group("training")
     training.add_argument("--resolution", type=int, default=512,
@@ -112,7 +121,7 @@ def parse_args():
     training.add_argument("--batch_size", type=int, default=16,
                           help="Edits per optimizer step, over all ranks.")
     training.add_argument("--num_noise_levels", type=int, default=1,
-                          help="K, the noise levels at which an edit of a step is trained.")
+                          help="K, the noise levels of an edit in a step.")
     training.add_argument("--lr", type=float, default=1e-4, help="The constant learning rate.")
     training.add_argument("--lora_rank", type=int, default=64, help="LoRA's r; its alpha is 2 r.")
 
@@ -132,18 +141,16 @@ def parse_args():
 # ------------------------------------------------------------ the selection
 
 def edit_score(row):
-    """The judge's score of an edit, or None: the mean of its traces, or O."""
-    if "traces" in row:
-        scores = [trace["score"] for trace in row["traces"]]
-        return sum(scores) / len(scores) if scores else None
-    return row.get("O")
+    """The judge's score of an edit: the mean score of its traces, or else O, or else None."""
+    scores = [trace["score"] for trace in row.get("traces", [])]
+    return sum(scores) / len(scores) if scores else row.get("O")
 
 
 def choose_edits(rows, keep, select, per_prompt, seed):
-    """The share `keep` of the scored rows (of each prompt: rounded up), in their old order.
+    """The share `keep` of the scored rows, or of those of each prompt, in their old order.
 
-    Rows without a score are left out. Equal scores are ordered at random, so that no prompt gains
-    by its place in the file.
+    Rows without a score are left out. Shares are rounded up. Equal scores are ordered at random, so
+    that no prompt gains by its place in the file.
     """
     rng = random.Random(seed)
     groups = {}
@@ -152,45 +159,39 @@ def choose_edits(rows, keep, select, per_prompt, seed):
         if score is None:
             continue
         group_key = (row["source"], row["instruction"]) if per_prompt else "all prompts"
-        sort_score = score if select == "top" else 0
-        groups.setdefault(group_key, []).append((sort_score, rng.random(), i))
+        rank_score = score if select == "top" else 0    # a random choice: all edits are equal
+        groups.setdefault(group_key, []).append((rank_score, rng.random(), i))
     chosen = []
     for group in groups.values():
         group.sort(reverse=True)
-        chosen.extend(i for _, _, i in group[:math.ceil(keep * len(group))])
+        num_kept = math.ceil(round(keep * len(group), 6))       # 0.07 * 100 is 7.000000000000001
+        chosen.extend(i for _, _, i in group[:num_kept])
     return [rows[i] for i in sorted(chosen)]
 
 
-# ------------------------------------------------------------ the mathematics
-
-def flow_matching_loss(velocity, x0, noise):
-    """The loss of each x_t: velocity, noise (K, S, C), x0 (1, S, C) -> (K,)."""
-    return (velocity - (noise - x0)).square().mean((1, 2))
-
-
-# ------------------------------------------------------------ the phases
+# ------------------------------------------------------------ the loss and the evaluation
 
 @dataclass
 class Example:
     """A chosen edit, ready for the editor."""
     x0: torch.Tensor                    # (1, S, C): the latents of the edit
-    cond: object                        # the Conditioning of its prompt
+    cond: "Conditioning"                # of its prompt
 
 
 @torch.no_grad()
 def encode_edits(editor, rows, args):
     """Encode the edit, the source image and the instruction of every row."""
-    # In every step anew: what 20,000 edits are encoded to would take 90 GB. The text encoder is on
-    # the GPU only here, since T5 takes 9 GB and the VLM of Qwen-Image-Edit 15 GB.
+    # Nothing is kept between steps: 20,000 encoded edits would take 90 GB or more. The text encoder
+    # leaves the GPU again, since T5 takes 9 GB and the VLM of Qwen-Image-Edit 15 GB.
     editor.text_encoder.to(editor.pipe.transformer.device)
     examples = []
     for row in rows:
-        source = open_image(args.edits, row, "source", max_pixels=4096 * 4096)
+        source = open_image(args.edits, row, "source", max_pixels=FULL_SIZE)
         source = resize_to_area(source, args.resolution)
-        edit = open_image(args.edits, row, "edit", max_pixels=4096 * 4096)
-        edit = edit.resize(source.size, Image.LANCZOS)      # an editor may round the size
+        edit = open_image(args.edits, row, "edit", max_pixels=FULL_SIZE)
+        edit = ImageOps.fit(edit, source.size, Image.LANCZOS)   # cropped if the shape differs
         cond = editor.encode(source, row["instruction"])
-        # Only the latents of this one are used. An edit has latents of the same kind as a source.
+        # encode() takes its image for a source. Of the edit, only the latents are needed.
         x0 = editor.encode(edit, row["instruction"]).image_latents
         examples.append(Example(x0, cond))
     editor.text_encoder.to("cpu")
@@ -200,20 +201,23 @@ def encode_edits(editor, rows, args):
 def draw_noise_levels(editor, x0, num_levels, seed_key):
     """Noise levels t (K,) from the editor's schedule, and noise (K, S, C), with their own seed."""
     generator = torch.Generator().manual_seed(derive_seed(*seed_key))
-    sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], 1000)[:-1].cpu()        # without 0
+    sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], NUM_SIGMAS).cpu()
     # One from each of K equal parts of the schedule: with K > 1 an edit sees high and low noise.
     places = (torch.arange(num_levels) + torch.rand(num_levels, generator=generator)) / num_levels
-    t = sigmas[(places * 1000).long().clamp(max=999)]       # rounding may give 1000
+    indices = (places * NUM_SIGMAS).long().clamp(max=NUM_SIGMAS - 1)    # never the final 0
     noise = torch.randn((num_levels, *x0.shape[1:]), generator=generator)
-    return t.to(x0), noise.to(x0)
+    return sigmas[indices].to(x0), noise.to(x0)
 
 
 def example_loss(editor, example, num_levels, seed_key):
     """The mean loss of one edit over K noise levels: a scalar."""
-    t, noise = draw_noise_levels(editor, example.x0, num_levels, seed_key)
-    x_t = torch.lerp(example.x0.expand_as(noise), noise, t[:, None, None])          # (K, S, C)
-    velocity = editor.predict_velocity(x_t, t, example.cond)
-    return flow_matching_loss(velocity, example.x0, noise).mean()
+    x0 = example.x0                                                         # (1, S, C)
+    levels, noise = draw_noise_levels(editor, x0, num_levels, seed_key)
+    t = levels[:, None, None]                                               # (K, 1, 1)
+    x_t = (1 - t) * x0 + t * noise                                          # (K, S, C)
+    u = noise - x0
+    v = editor.predict_velocity(x_t, levels, example.cond)
+    return (v - u).square().mean()
 
 
 @torch.no_grad()
@@ -230,19 +234,22 @@ def evaluate(editor, eval_rows, step, run, rank, world_size, args):
 
 
 def load_chosen(args, rank, world_size):
-    """The chosen rows for training and for evaluation."""
+    """The chosen rows for training, and the better half of the held-out rows for evaluation."""
     if not 0 < args.keep <= 1:
         raise SystemExit("--keep must be above 0 and at most 1.")
+    for name in ("batch_size", "num_noise_levels", "eval_every"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name} must be at least 1.")
     rows = load_jsonl(args.edits, ["source", "instruction", "edit"],
                       "Draw and score edits with build_sft.py (README, stage 2).")
-    # First split, then choose: whatever is chosen, the evaluation is on the same sources.
+    # First split, then choose: no choice may train on an evaluation source.
     train_rows, eval_rows = split_by_source(rows, args.num_eval)
-    num_train = len(train_rows)
+    num_scored = sum(edit_score(row) is not None for row in train_rows)
     train_rows = choose_edits(train_rows, args.keep, args.select, args.per_prompt, args.seed)
-    eval_rows = choose_edits(eval_rows, args.keep, args.select, args.per_prompt, args.seed)
+    eval_rows = choose_edits(eval_rows, 0.5, "top", per_prompt=False, seed=0)
     if rank == 0:
-        print(f"{args.edits}: {len(train_rows)} of {num_train} edits were chosen for training, and "
-              f"{len(eval_rows)} of {args.num_eval} for evaluation")
+        print(f"{args.edits}: {len(rows)} edits. Of the {num_scored} with a score and a training "
+              f"source, {len(train_rows)} were chosen. {len(eval_rows)} are for evaluation.")
     if args.batch_size % world_size > 0 or args.batch_size > len(train_rows):
         raise SystemExit(f"--batch_size must be a multiple of the {world_size} ranks and at most "
                          f"the {len(train_rows)} edits that --num_eval and --keep leave for "
@@ -260,7 +267,8 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None     # no CFG; Kontext's default
+    # Qwen-Image-Edit goes without CFG; FLUX.1-Kontext keeps its guidance input, 2.5.
+    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
     params = add_lora(pipe.transformer, editor.lora_layers, args.lora_rank)
@@ -274,7 +282,7 @@ def main():
                      for row in train_rows])
 
     for step in range(run.start_step, args.steps + 1):
-        # ---- 2. Every --eval_every steps and at the end: save, and evaluate.
+        # ---- 2. At first, every --eval_every steps and at the end: save, then evaluate.
         if step % args.eval_every == 0 or step == args.steps:
             if rank == 0:                           # the LoRA is the same on all ranks
                 save_lora(pipe, run.out / "lora", args.lora_rank)
@@ -289,13 +297,14 @@ def main():
 
         # ---- 4. Flow matching on each of them.
         for param in params:
-            param.grad = torch.zeros_like(param)    # not None, even if nothing depends on it
+            param.grad = torch.zeros_like(param)    # not None: the last block has text layers
+                                                    # on which no loss depends
         local_loss = 0.0
         for row, example in zip(rows, encode_edits(editor, rows, args)):
             seed_key = ("train", args.seed, step, row["id"])
-            loss = example_loss(editor, example, args.num_noise_levels, seed_key) / args.batch_size
-            loss.backward()
-            local_loss += loss.item()
+            loss = example_loss(editor, example, args.num_noise_levels, seed_key)
+            (loss / args.batch_size).backward()
+            local_loss += loss.item() / args.batch_size
 
         # ---- 5. The optimizer step.
         if dist.is_initialized():
@@ -312,7 +321,7 @@ def main():
 # ------------------------------------------------------------ as in train_flow_grpo.py
 #
 # From here on the functions are those of train_flow_grpo.py, letter for letter: the editors, the
-# LoRA, and the helpers.
+# LoRA, and the helpers. Some of their branches serve that script alone: drawing, CFG, principles.
 
 @dataclass
 class Conditioning:

@@ -2,8 +2,10 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import build_sft
@@ -37,6 +39,8 @@ def test_the_docstring_s_choice():
     assert ids(C.choose_edits(rows, 0.5, "top", False, 0)) == ["0/0", "0/1", "0/2", "0/3"]
     assert ids(C.choose_edits(rows, 0.5, "top", True, 0)) == ["0/2", "0/3", "1/1", "1/3"]
     assert ids(C.choose_edits(rows, 1, "top", False, 0)) == ids(rows)
+    assert len(C.choose_edits(rows_of(range(100)), 0.07, "top", False, 0)) == 7          # 0.07 * 100 > 7
+    assert ids(C.choose_edits(rows_of([1, 2], [3, 4]), 0.1, "top", True, 0)) == ["0/1", "1/1"]
 
 
 def test_what_has_no_score_is_never_chosen():
@@ -44,6 +48,7 @@ def test_what_has_no_score_is_never_chosen():
     assert ids(C.choose_edits(rows, 1, "top", False, 0)) == ["0/1", "0/3"]
     assert ids(C.choose_edits(rows, 0.5, "top", True, 0)) == ["0/1"]
     assert [C.edit_score(dict(O=3.5)), C.edit_score(dict(O=None)), C.edit_score(dict(id="x"))] == [3.5, None, None]
+    assert C.edit_score(dict(O=3.5, traces=[])) == 3.5
 
 
 def test_a_random_choice_knows_no_score():
@@ -90,6 +95,17 @@ def test_x0_is_the_edit_as_the_vae_sees_it(editor, edits_file):
     assert not torch.allclose(example.x0, example.cond.image_latents, atol=1e-2)
 
 
+def test_an_edit_of_another_shape_is_cropped_and_not_stretched(editor, tmp_path):
+    """A wide edit of a square source: its middle is what is learned."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    Image.fromarray(pixels[:, 8:40]).save(tmp_path / "middle.png")
+    rows = [dict(id=name, source="middle.png", edit=f"{name}.png", instruction="x") for name in ("wide", "middle")]
+    args = SimpleNamespace(edits=tmp_path / "rows.jsonl", resolution=32)
+    wide, middle = C.encode_edits(editor, rows, args)
+    assert torch.allclose(wide.x0, middle.x0, atol=1e-5)
+
+
 def test_the_loss_is_flow_matching_on_the_straight_path(editor, edits_file, monkeypatch):
     """0 for the true velocity, whose Euler steps lead from the noise to the edit; t is the editor's schedule."""
     args = SimpleNamespace(edits=edits_file, resolution=32)
@@ -98,19 +114,18 @@ def test_the_loss_is_flow_matching_on_the_straight_path(editor, edits_file, monk
     assert t.shape == (6,) and noise.shape == (6, 4, 32) and (t.diff() < 0).all() and 0 < t[-1] < t[0] <= 1
     assert torch.equal(C.draw_noise_levels(editor, example.x0, 6, ("a", 1))[1], noise)
     velocity = noise - example.x0
-    assert C.flow_matching_loss(velocity, example.x0, noise).abs().max() == 0
-    assert torch.allclose(C.flow_matching_loss(velocity + 2, example.x0, noise), torch.full((6,), 4.0))
     asked = []
 
     def predict_velocity(x_t, sigma, cond):
         asked.append((x_t, sigma))
-        return torch.zeros_like(x_t)
+        return velocity + error
 
     monkeypatch.setattr(editor, "predict_velocity", predict_velocity)
-    loss = C.example_loss(editor, example, 6, ("a", 1))
+    for error, wanted in ((0, 0), (2, 4), (-velocity, velocity.square().mean().item())):
+        loss = C.example_loss(editor, example, 6, ("a", 1))
+        assert loss.item() == pytest.approx(wanted, rel=1e-5)
     x_t, sigma = asked[0]
     assert torch.allclose(x_t - sigma[:, None, None] * velocity, example.x0.expand_as(noise), atol=1e-5)
-    assert loss.item() == pytest.approx(velocity.square().mean().item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -176,6 +191,18 @@ def test_a_killed_run_resumes_to_the_same_lora(straight, flags, tmp_path, run_he
     assert read_rows(tmp_path / "metrics.jsonl") == read_rows(straight / "metrics.jsonl")
 
 
+def test_the_evaluation_does_not_depend_on_the_choice(edits_file):
+    """The better half of the held-out edits, also if the worst or all are trained on."""
+    evaluated = []
+    for keep, select in ((0.5, "top"), (1, "top"), (0.3, "random")):
+        args = SimpleNamespace(edits=edits_file, num_eval=8, keep=keep, select=select, per_prompt=False, seed=1,
+                               batch_size=4, num_noise_levels=1, eval_every=1)
+        train_rows, eval_rows = C.load_chosen(args, 0, 1)
+        assert not {row["source"] for row in train_rows} & {row["source"] for row in eval_rows}
+        evaluated.append(ids(eval_rows))
+    assert evaluated[0] == evaluated[1] == evaluated[2] and all(name.endswith("right") for name in evaluated[0])
+
+
 def test_it_learns_the_chosen_edits(flags, tmp_path, run_here):
     run_here(C, *flags, tmp_path, "--steps", 30, "--eval_every", 30)
     losses = [row["eval_loss"] for row in read_rows(tmp_path / "metrics.jsonl") if "eval_loss" in row]
@@ -184,6 +211,6 @@ def test_it_learns_the_chosen_edits(flags, tmp_path, run_here):
 
 def test_what_does_not_fit_is_refused(flags, tmp_path, run_here):
     for more, message in ((("--batch_size", 99), "multiple of the"), (("--keep", 0), "--keep must be above 0"),
-                          (("--keep", 1.5), "--keep must be above 0")):
+                          (("--keep", 1.5), "--keep must be above 0"), (("--eval_every", 0), "--eval_every must be at")):
         with pytest.raises(SystemExit, match=message):
             run_here(C, *flags, tmp_path, *more)

@@ -245,7 +245,7 @@ def response_loss(logits, labels):
 
 def learning_rate(step, num_steps, peak):
     """The smaller of a linear warm-up over 5 % of the steps and a cosine decay to zero."""
-    warmup = 20 * (step + 1) / (num_steps + 20)             # 5 % of the steps, and one more
+    warmup = (step + 1) / (0.05 * num_steps + 1)
     cosine = (1 + math.cos(math.pi * step / num_steps)) / 2
     return peak * min(warmup, cosine)
 

@@ -1,42 +1,47 @@
-"""EditReward: a reward model that writes nothing, a vision-language model (VLM) with two heads.
+"""EditReward: a reward model that outputs scores and no text, a vision-language model with heads.
 
-EditReward (arXiv 2509.26346) learns from the same preference pairs as train_gcpo.py. One learned
-token is appended to the prompt; the last hidden state there feeds a small head for each dimension:
-does the edit follow the instruction, and does it look good? A head predicts the mean and the log
-standard deviation of a Gaussian score. Both are fitted to the choices of people.
+EditReward (arXiv 2509.26346) learns from pairs of edits of one source image, of which people have
+chosen one, as train_gcpo.py does. One learned token is appended to the prompt of a vision-language
+model (VLM). Its last hidden state feeds a small head for each dimension: does the edit follow the
+instruction, and does it look good? Each head predicts the mean and the log standard deviation of a
+Gaussian score. They are trained on people's choices alone; nobody ever gives a score.
 
     what                             by the function   remarks
-    --batch_size pairs               batch_indices     split over the ranks
+    --batch_size pairs               batch_indices     the ranks share them
       -> micro-batches of B pairs                      B = --micro_batch_size
-      -> inputs (R, T)               reward_inputs     R = 2 B prompts of T tokens
-      -> hidden state (R, H)         EditReward        at the appended token
-      -> mu, sigma (R, D)            EditReward        D = 2 dimensions
-      -> mu, sigma (R, 1 + D)        add_overall       column 0 is the overall score
-      -> a loss for each pair        pair_loss         against its labels (B, 1 + D)
+      -> inputs (2 B, T)             reward_inputs     prompts of T tokens, two for each pair
+      -> hidden state (2 B, H)       EditReward        at the appended token
+      -> mu, sigma (2 B, D)          EditReward        D = 2 dimensions
+      -> mu, sigma (2 B, 1 + D)      add_overall       column 0 is the overall score
+      -> mu, sigma (B, 2, 1 + D)     score_pairs       rows 2 i and 2 i + 1 are pair i
+      -> a loss for each pair (B,)   pair_loss         against its labels (B, 1 + D)
 
 Let c be the chosen edit of a pair, and r the rejected one (in a tie: the first and the second).
-Their scores are Gaussian, a_c ~ N(mu_c, sigma_c^2) and a_r ~ N(mu_r, sigma_r^2). Given the scores,
-people choose c with the probability sigmoid(a_c - a_r), as Bradley and Terry have it. E is the
-expectation over x ~ N(0, 1):
+Their scores are independent Gaussians, a_c ~ N(mu_c, sigma_c^2) and a_r ~ N(mu_r, sigma_r^2). Given
+the scores, people choose c with the probability sigmoid(a_c - a_r), as in Bradley and Terry's
+model. The difference a_c - a_r is m + s x, with x ~ N(0, 1); E is the expectation over x:
 
-    m        = mu_c - mu_r,  s^2 = sigma_c^2 + sigma_r^2                          pair_loss
-    P(c > r) = E sigmoid(a_c - a_r) = E sigmoid(m + s x)                          log_preference
+    sigma    = exp(clip(log sigma, -5, 1))                                        EditReward
     overall  : mu = mean of the mu_d,  sigma^2 = (sum of the sigma_d^2) / D^2     add_overall
+    m        = mu_c - mu_r,  s^2 = sigma_c^2 + sigma_r^2                          pair_loss
+    P(c > r) = E sigmoid(m + s x)                                                 log_preference
     loss     = - y log P(c > r) - (1 - y) log P(r > c), summed over the labels    pair_loss
 
 A pair has a label y for the overall score and for each dimension:
 
-    overall, a pair of --pairs                        1
-    overall, a pair of --ties that --tie_rule takes   1/2
-    a dimension: "chosen", "rejected"                 1, 0     the row's fields `follow`, `quality`
-    all others: other ties, "same", no such field     NaN      teaches nothing
+    overall           a row of --pairs                          1
+                      a row of --ties that --tie_rule admits    1/2
+    follow, quality   the row's field says "chosen"             1
+                      it says "rejected"                        0
+                      it says "same", or there is none          NaN, no loss
+    overall           all other ties                            NaN, no loss
 
 Three losses, --loss:
     exact          -log P, as the paper writes it. A pair that is ranked wrong pulls s up, one that
                    is ranked right pushes it down. A tie pulls it up, unless m = 0.
     bound          -E log sigmoid(m + s x), as the released code computes it. By Jensen it is at
                    least -log P, and it grows with s at every m: s falls, whatever the data.
-    bradley_terry  -log sigmoid(m), with s = 0. log_sigma is not trained: ignore the metric sigma.
+    bradley_terry  -log sigmoid(m), with s = 0. log sigma is not trained: ignore the metric sigma.
 
 A worked number: a wrong pair with m = -2. With s = 1, P = .155 and -log P = 1.86; with s = 4,
 P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it costs more.
@@ -54,15 +59,19 @@ P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it
 Differences from the paper and its released code:
     1. The overall sigma is that of a mean of independent Gaussians. The code averages log sigma.
     2. One pass per edit, with one prompt for both heads. The code has a pass and a rubric for each.
-    3. The vision tower and its projector are frozen here, and the heads have no dropout.
-    4. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension.
+    3. The vision tower, with the layers that project its output, is frozen here, and the heads have
+       no dropout.
+    4. By default each dimension is trained on its own label, too. The code has no such labels: it
+       trains the overall score alone, as --labels overall does.
+    5. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension.
        --tie_rule opposed gives such a pair y = 1/2, the mean of the two copies' losses. The code
-       has no rule for ties, and reads no label of a dimension.
-    5. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x.
+       has no rule for ties.
+    6. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x. The limits of log
+       sigma are ours; up to s = 4, P is exact to four digits.
 
-Metrics: loss and eval_loss (not comparable between losses); accuracy, follow_accuracy and
-quality_accuracy of the evaluation pairs that have such a label; sigma, the mean overall sigma of
-their edits; grad_norm.
+Metrics: loss and eval_loss (not comparable between values of --loss or --labels); accuracy,
+follow_accuracy and quality_accuracy, of the evaluation pairs with a winner there; sigma, the mean
+overall sigma of all evaluation edits; grad_norm, before clipping to 1.
 
 What to change for ...
     another way to combine the dimensions   `add_overall`
@@ -149,7 +158,8 @@ def parse_args():
 
 # ------------------------------------------------------------ the prompt
 #
-# It is that of train_nft.py, which asks for a digit. Here nothing is answered: a token is appended.
+# It is that of train_nft.py, so that the same VLM, which has learned to judge in one pass, serves
+# both. Here the digit is never written: the appended token stands where it would.
 
 RATING_RULES = """\
 Rate how well the second image carries out the instruction on the first image. 0 means that the
@@ -170,18 +180,18 @@ def rating_chat(source, edit, instruction):
 
 # ------------------------------------------------------------ the mathematics
 
-def log_preference(m, s, loss):
+def log_preference(m, s, loss_type):
     """log P(c > r) of two Gaussian scores, or what --loss takes for it: m, s (...) -> (...)."""
-    if loss == "bradley_terry":
+    if loss_type == "bradley_terry":
         return logsigmoid(m)
-    # E f(x) is about the sum over k of w_k f(x_k). The smallest w would be 0 in fp32.
+    # E f(x) is about the sum of w_k f(x_k). Logs are taken in fp64: the outer w_k are 0 in fp32.
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-    x = torch.tensor(nodes, dtype=m.dtype, device=m.device)                 # (64,)
-    w = torch.tensor(weights / weights.sum(), dtype=torch.float64, device=m.device)
+    x = m.new_tensor(nodes)                                                 # (64,)
+    log_w = m.new_tensor(np.log(weights / weights.sum()))                   # (64,)
     log_sigmoid = logsigmoid(m[..., None] + s[..., None] * x)               # (..., 64)
-    if loss == "bound":
-        return (log_sigmoid * w.to(m.dtype)).sum(-1)
-    return torch.logsumexp(log_sigmoid + w.log().to(m.dtype), dim=-1)
+    if loss_type == "bound":
+        return (log_w.exp() * log_sigmoid).sum(-1)                          # E log sigmoid
+    return torch.logsumexp(log_w + log_sigmoid, dim=-1)                     # log E sigmoid
 
 
 def add_overall(mu, sigma):
@@ -191,7 +201,7 @@ def add_overall(mu, sigma):
     return torch.cat([overall_mu, mu], -1), torch.cat([overall_sigma, sigma], -1)
 
 
-def pair_loss(mu, sigma, labels, loss):
+def pair_loss(mu, sigma, labels, loss_type):
     """The loss of each pair, summed over its labels: (B,).
 
     mu, sigma (B, 2, 1 + D): of the chosen edit, then of the rejected one. labels (B, 1 + D): the
@@ -200,14 +210,15 @@ def pair_loss(mu, sigma, labels, loss):
     m = mu[:, 0] - mu[:, 1]                                                 # (B, 1 + D)
     s = sigma.square().sum(1).sqrt()                                        # (B, 1 + D)
     known = ~labels.isnan()
-    y = labels.nan_to_num()             # 0 * NaN is NaN: `where` would not protect the gradient
-    losses = -y * log_preference(m, s, loss) - (1 - y) * log_preference(-m, s, loss)
+    # `where` alone would not do: the gradient of a NaN that it leaves out is 0 * NaN, again NaN.
+    y = labels.nan_to_num()
+    losses = -y * log_preference(m, s, loss_type) - (1 - y) * log_preference(-m, s, loss_type)
     return torch.where(known, losses, 0).sum(-1)
 
 
 def learning_rate(step, num_steps, peak):
     """The smaller of a linear warm-up over 5 % of the steps and a cosine decay to zero."""
-    warmup = 20 * (step + 1) / (num_steps + 20)             # 5 % of the steps, and one more
+    warmup = (step + 1) / (0.05 * num_steps + 1)
     cosine = (1 + math.cos(math.pi * step / num_steps)) / 2
     return peak * min(warmup, cosine)
 
@@ -217,8 +228,8 @@ def learning_rate(step, num_steps, peak):
 class EditReward(nn.Module):
     """A VLM, the embedding of one appended token, and a head for each dimension.
 
-    The appended token has the id of the end token, and a hook replaces its embedding. So the VLM
-    itself inserts the images and computes the positions.
+    The appended token has the id of the end token, so that the VLM inserts the images and computes
+    the positions as usual. A hook then replaces the embedding at that position.
     """
 
     def __init__(self, vlm, end_token_id):
@@ -228,11 +239,11 @@ class EditReward(nn.Module):
         self.reward_embedding = nn.Parameter(embeddings.weight[end_token_id].detach().clone())
         hidden_size = len(self.reward_embedding)
         device = self.reward_embedding.device
-        self.heads = nn.ModuleList()
-        for _ in DIMENSIONS:
-            self.heads.append(nn.Sequential(
+        self.heads = nn.ModuleDict()
+        for name in DIMENSIONS:
+            self.heads[name] = nn.Sequential(
                 nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Linear(1024, 16), nn.ReLU(),
-                nn.Linear(16, 2)).to(device))
+                nn.Linear(16, 2)).to(device)
         embeddings.register_forward_hook(self.embed_reward_token)
 
     def embed_reward_token(self, layer, inputs, embedded):
@@ -246,9 +257,9 @@ class EditReward(nn.Module):
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             outputs = self.vlm.model(**inputs, use_cache=False)
         state = outputs.last_hidden_state[:, -1].float()                    # (R, H)
-        predictions = torch.stack([head(state) for head in self.heads], 1)  # (R, D, 2)
-        mu, log_sigma = predictions.unbind(-1)
-        return mu, log_sigma.clamp(-5, 2).exp()     # for stability; no gradient outside the limits
+        predictions = torch.stack([self.heads[name](state) for name in DIMENSIONS], 1)
+        mu, log_sigma = predictions.unbind(-1)                              # (R, D) each
+        return mu, log_sigma.clamp(-5, 1).exp()     # outside these limits it has no gradient
 
 
 def load_reward_model(args, device, world_size):
@@ -258,11 +269,15 @@ def load_reward_model(args, device, world_size):
     model = EditReward(vlm, processor.tokenizer.eos_token_id)
     heads_path = Path(args.model, "heads.safetensors")
     if heads_path.exists():
-        keys = model.load_state_dict(load_file(heads_path), strict=False)   # without the VLM's
-        assert all(name.startswith("vlm.") for name in keys.missing_keys), keys.missing_keys
+        # The file has no tensors of the VLM, and all others.
+        keys = model.load_state_dict(load_file(heads_path), strict=False)
+        wrong = keys.unexpected_keys + [k for k in keys.missing_keys if not k.startswith("vlm.")]
+        if wrong:
+            raise SystemExit(f"{heads_path} has other heads than {DIMENSIONS}: {wrong}")
     if world_size > 1:
         blocks = list(vlm.model.language_model.layers) + list(vlm.model.visual.blocks)
-        for head in model.heads:                    # before the rest, which computes in bf16
+        # The heads compute in fp32. They come first, so that shard_model leaves them alone.
+        for head in model.heads.values():
             fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32),
                         reshard_after_forward=False)
         shard_model(model, blocks, device)
@@ -300,116 +315,123 @@ def reward_inputs(processor, chats):
 
 # ------------------------------------------------------------ data and evaluation
 
-def winner_labels(row, is_tie, args):
+def winner_labels(path, row, is_tie, tie_rule):
     """The labels of a pair, overall and of each dimension: 1, 0, 0.5 or NaN."""
-    values = {"chosen": 1.0, "rejected": 0.0}
-    dimension_labels = [values.get(row.get(name), math.nan) for name in DIMENSIONS]
+    values = {"chosen": 1.0, "rejected": 0.0, "same": math.nan, None: math.nan}
+    dimension_labels = []
+    for name in DIMENSIONS:
+        if row.get(name) not in values:
+            raise SystemExit(f"{path}, row {row['id']}: the field '{name}' is {row[name]!r}. It "
+                             "must be \"chosen\", \"rejected\" or \"same\", or be left out.")
+        dimension_labels.append(values[row.get(name)])
     overall = 1.0                                           # a ranked pair
     if is_tie:
-        is_opposed = {0.0, 1.0} <= set(dimension_labels)
-        is_used = args.tie_rule == "all" or (args.tie_rule == "opposed" and is_opposed)
-        overall = 0.5 if is_used else math.nan
-    if args.labels == "overall":
-        dimension_labels = [math.nan] * len(DIMENSIONS)
+        is_opposed = 1.0 in dimension_labels and 0.0 in dimension_labels
+        is_admitted = tie_rule == "all" or (tie_rule == "opposed" and is_opposed)
+        overall = 0.5 if is_admitted else math.nan
     return [overall, *dimension_labels]
 
 
-def load_labeled_pairs(path, is_tie, args, rank, world_size):
-    """The rows of a file of pairs that have a label, with the labels and the file's name."""
+def trained_labels(labels, args):
+    """The labels that have a loss: all, or the overall one."""
+    if args.labels == "all":
+        return labels
+    return [labels[0]] + [math.nan] * len(DIMENSIONS)
+
+
+def load_labeled_pairs(path, args, rank, world_size, is_tie=False):
+    """Read a file of pairs, give each row its `labels` and `file`, and drop what has no loss."""
     rows = load_jsonl(path, ["source", "instruction", "chosen", "rejected"],
-                      "It holds pairs of edits (README, stage 4).")
+                      "It holds pairs of edits.")
     check_images(path, rows, ["source", "chosen", "rejected"], rank, world_size)
     labeled = []
     for row in rows:
-        labels = winner_labels(row, is_tie, args)
-        if not all(math.isnan(label) for label in labels):
+        labels = winner_labels(path, row, is_tie, args.tie_rule)
+        if not all(math.isnan(label) for label in trained_labels(labels, args)):
             labeled.append(row | dict(labels=labels, file=path))
+    if is_tie and rank == 0:
+        num_admitted = sum(row["labels"][0] == 0.5 for row in labeled)
+        print(f"{path}: {num_admitted} of {len(rows)} ties have the overall label 1/2")
     return labeled
 
 
-@dataclass
-class PairBatch:
-    """B pairs for the model."""
-    inputs: transformers.BatchFeature   # 2 B prompts: chosen and rejected edit of each pair
-    labels: torch.Tensor                # (B, 1 + D)
-
-
-def load_pair_batch(processor, rows):
-    """Open the images of B pairs and encode them."""
+def load_pair_batch(processor, rows, args):
+    """The model's inputs for B pairs, the chosen edit first, and the labels (B, 1 + D)."""
     chats = []
     for row in rows:
         source = open_image(row["file"], row, "source")
         for side in ("chosen", "rejected"):
             edit = open_image(row["file"], row, side)
             chats.append(rating_chat(source, edit, row["instruction"]))
-    labels = torch.tensor([row["labels"] for row in rows])
-    return PairBatch(reward_inputs(processor, chats), labels)
+    labels = torch.tensor([trained_labels(row["labels"], args) for row in rows])
+    return reward_inputs(processor, chats), labels
 
 
-def score_pairs(model, batch, device):
+def score_pairs(model, inputs):
     """mu and sigma of both edits of B pairs, the overall one first: (B, 2, 1 + D) each."""
-    mu, sigma = add_overall(*model(batch.inputs.to(device)))                # (R, 1 + D) each
-    shape = (len(batch.labels), 2, 1 + len(DIMENSIONS))
-    return mu.view(shape), sigma.view(shape)
+    mu, sigma = model(inputs.to(model.reward_embedding.device))             # (2 B, D) each
+    mu, sigma = add_overall(mu, sigma)                                      # (2 B, 1 + D) each
+    return mu.unflatten(0, (-1, 2)), sigma.unflatten(0, (-1, 2))
 
 
 @torch.no_grad()
-def score_rows(model, processor, rows, device, rank, world_size, args):
+def score_rows(model, processor, rows, rank, world_size, args):
     """Score both edits of each row. The ranks share the rows; each returns all, in order."""
     local_rows = rows[rank::world_size]
     scored = []
     for start in range(0, len(local_rows), args.micro_batch_size):
         batch_rows = local_rows[start:start + args.micro_batch_size]
-        batch = load_pair_batch(processor, batch_rows)
-        mu, sigma = score_pairs(model, batch, device)
-        losses = pair_loss(mu, sigma, batch.labels.to(device), args.loss)
-        for row, mus, sigmas, loss in zip(batch_rows, mu, sigma, losses):
-            result = dict(judge=str(args.out), loss=loss.item())            # the judge's name
-            for side, mu_of_side, sigma_of_side in zip(
-                    ("chosen", "rejected"), mus.tolist(), sigmas.tolist()):
-                result[f"{side}_score"] = mu_of_side[0]
-                result[f"{side}_sigma"] = sigma_of_side[0]
-                for name, value in zip(DIMENSIONS, mu_of_side[1:]):
-                    result[f"{side}_{name}"] = value
-            scored.append(row | result)
+        inputs, labels = load_pair_batch(processor, batch_rows, args)
+        mu, sigma = score_pairs(model, inputs)
+        losses = pair_loss(mu, sigma, labels.to(mu.device), args.loss)
+        for row, pair_mu, pair_sigma, loss in zip(
+                batch_rows, mu.tolist(), sigma.tolist(), losses.tolist()):
+            row = row | dict(judge=args.out, loss=loss)     # evaluate.py names the judge by this
+            for i, side in enumerate(("chosen", "rejected")):
+                row[f"{side}_score"] = pair_mu[i][0]
+                row[f"{side}_sigma"] = pair_sigma[i][0]
+                for d, name in enumerate(DIMENSIONS, start=1):
+                    row[f"{side}_{name}"] = pair_mu[i][d]
+            scored.append(row)
     order = {row["id"]: i for i, row in enumerate(rows)}
     return sorted(all_gather_lists(scored), key=lambda row: order[row["id"]])
 
 
-def eval_metrics_of_pairs(rows):
-    """The metrics of scored pairs; the docstring of the file explains each of them."""
-    def accuracy(suffix, label_index):
-        is_right = []
-        for row in rows:
-            label = row["labels"][label_index]
-            difference = row[f"chosen_{suffix}"] - row[f"rejected_{suffix}"]
-            if label in (0.0, 1.0):
-                is_right.append(difference > 0 if label == 1.0 else difference < 0)
-        return sum(is_right) / len(is_right) if is_right else math.nan
-
-    metrics = dict(eval_loss=sum(row["loss"] for row in rows) / len(rows),
-                   accuracy=accuracy("score", 0))
-    for i, name in enumerate(DIMENSIONS, start=1):
-        metrics[f"{name}_accuracy"] = accuracy(name, i)
-    sigmas = [row[f"{side}_sigma"] for row in rows for side in ("chosen", "rejected")]
-    return metrics | dict(sigma=sum(sigmas) / len(sigmas))
+def ranking_accuracy(rows, suffix, label_index):
+    """How often the winner has the higher score; pairs without a winner do not count."""
+    is_right = []
+    for row in rows:
+        label = row["labels"][label_index]
+        difference = row[f"chosen_{suffix}"] - row[f"rejected_{suffix}"]
+        if label == 1.0:
+            is_right.append(difference > 0)
+        if label == 0.0:
+            is_right.append(difference < 0)
+    return sum(is_right) / len(is_right) if is_right else math.nan
 
 
-def evaluate(model, processor, eval_rows, step, run, device, rank, world_size, args):
+def evaluate(model, processor, eval_rows, step, run, rank, world_size, args):
     """Log the metrics of the evaluation pairs."""
-    if eval_rows:
-        rows = score_rows(model, processor, eval_rows, device, rank, world_size, args)
-        if rank == 0:
-            log_step(run, step, eval_metrics_of_pairs(rows))
+    if not eval_rows:
+        return
+    rows = score_rows(model, processor, eval_rows, rank, world_size, args)
+    if rank > 0:
+        return
+    metrics = dict(eval_loss=sum(row["loss"] for row in rows) / len(rows),
+                   accuracy=ranking_accuracy(rows, "score", 0))
+    for d, name in enumerate(DIMENSIONS, start=1):
+        metrics[f"{name}_accuracy"] = ranking_accuracy(rows, name, d)
+    sigmas = [row[f"{side}_sigma"] for row in rows for side in ("chosen", "rejected")]
+    log_step(run, step, metrics | dict(sigma=sum(sigmas) / len(sigmas)))
 
 
-def score_bench(model, processor, rows, out, device, rank, world_size, args):
+def score_bench(model, processor, rows, out, rank, world_size, args):
     """Score the pairs of --bench: out/scores.jsonl, which `evaluate.py reward --scores` reads."""
-    rows = score_rows(model, processor, rows, device, rank, world_size, args)
+    rows = score_rows(model, processor, rows, rank, world_size, args)
     if rank == 0:
         scores_path = out / "scores.jsonl"
         for row in rows:
-            del row["labels"], row["file"]
+            del row["labels"], row["file"], row["loss"]
         write_jsonl(scores_path, [
             rebase_paths(row, ["source", "chosen", "rejected"], args.bench, scores_path)
             for row in rows])
@@ -421,18 +443,19 @@ def check_pair_sizes(train_rows, eval_rows, bench_rows, args, world_size):
         raise SystemExit(f"--batch_size {args.batch_size} must be a multiple of the {world_size} "
                          f"ranks and at most the {len(train_rows)} training pairs.")
     for flag, rows in (("num_eval", eval_rows), ("bench", bench_rows)):
-        if 0 < len(rows) < world_size:      # all ranks must take part in the first forward pass
+        # FSDP gathers the weights in a forward pass, and all ranks must take part in it.
+        if 0 < len(rows) < world_size:
             raise SystemExit(f"--{flag} must have no pairs, or at least one for each of the "
                              f"{world_size} ranks.")
 
 
 def load_train_and_eval(args, rank, world_size):
     """The pairs for training, ties included, and for evaluation; no source image is in both."""
-    pairs = load_labeled_pairs(args.pairs, False, args, rank, world_size)
+    pairs = load_labeled_pairs(args.pairs, args, rank, world_size)
     train_rows, eval_rows = split_by_source(pairs, args.num_eval)
     if args.ties:
         held_out = {os.path.realpath(Path(args.pairs).parent / row["source"]) for row in eval_rows}
-        for row in load_labeled_pairs(args.ties, True, args, rank, world_size):
+        for row in load_labeled_pairs(args.ties, args, rank, world_size, is_tie=True):
             if os.path.realpath(Path(args.ties).parent / row["source"]) not in held_out:
                 train_rows.append(row)
     return train_rows, eval_rows
@@ -446,36 +469,37 @@ def main():
     train_rows, eval_rows = load_train_and_eval(args, rank, world_size)
     bench_rows = []
     if args.bench:
-        bench_rows = load_labeled_pairs(args.bench, False, args, rank, world_size)
+        bench_rows = load_labeled_pairs(args.bench, args, rank, world_size)
     check_pair_sizes(train_rows, eval_rows, bench_rows, args, world_size)
     model, processor = load_reward_model(args, device, world_size)
     vlm_params = [param for param in model.vlm.parameters() if param.requires_grad]
     head_params = [model.reward_embedding, *model.heads.parameters()]
-    # The loss sees only mu_c - mu_r, so a head's last bias of mu has no gradient but rounding
-    # errors. Adam would make full steps of them; a larger eps prevents that.
+    # The bias of mu in a head's last layer cancels in mu_c - mu_r, so its gradient is nothing but
+    # rounding errors. Adam would make full steps of them; a larger eps prevents that.
     optimizer = torch.optim.AdamW([
         dict(params=vlm_params, peak_lr=args.lr),
         dict(params=head_params, peak_lr=args.head_lr, eps=1e-6)], weight_decay=0)
     num_steps = args.epochs * (len(train_rows) // args.batch_size)
-    # A run that is complete may be resumed with another --bench, to score that too.
+    # A finished run may be resumed with another --bench, whose scores replace scores.jsonl.
     settings = {name: value for name, value in vars(args).items() if name != "bench"}
     run = start_run(settings, num_steps, model, optimizer, rank)
 
-    # The VLM stays in eval mode, since there is no dropout to turn on.
+    # The VLM stays in eval mode: it has no dropout to turn on.
     for step in range(run.start_step, num_steps):
         # ---- 2. Every --eval_every steps: save, then evaluate.
         if step % args.eval_every == 0:
             save_checkpoint(run, step, model, optimizer, rank)
-            evaluate(model, processor, eval_rows, step, run, device, rank, world_size, args)
+            evaluate(model, processor, eval_rows, step, run, rank, world_size, args)
 
         # ---- 3. One forward and backward pass for each micro-batch.
         indices = batch_indices(len(train_rows), args.batch_size, args.seed, step)
         local_rows = [train_rows[i] for i in indices[rank::world_size]]
         local_loss = 0.0
         for start in range(0, len(local_rows), args.micro_batch_size):
-            batch = load_pair_batch(processor, local_rows[start:start + args.micro_batch_size])
-            mu, sigma = score_pairs(model, batch, device)
-            losses = pair_loss(mu, sigma, batch.labels.to(device), args.loss)           # (B,)
+            batch_rows = local_rows[start:start + args.micro_batch_size]
+            inputs, labels = load_pair_batch(processor, batch_rows, args)
+            mu, sigma = score_pairs(model, inputs)
+            losses = pair_loss(mu, sigma, labels.to(device), args.loss)     # (B,)
             loss = losses.sum() / args.batch_size
             # FSDP2 averages the gradients of the ranks. We want their sum, hence the factor.
             (loss * world_size).backward()
@@ -491,12 +515,12 @@ def main():
         if rank == 0:
             log_step(run, step, dict(loss=step_loss, grad_norm=grad_norm))
 
-    # ---- 5. The last checkpoint, the final model, and the scores of the --bench pairs.
+    # ---- 5. The last checkpoint and evaluation, the model, and the scores of the --bench pairs.
     save_checkpoint(run, num_steps, model, optimizer, rank)
     save_reward_model(model, processor, run.out / "model", rank)
-    evaluate(model, processor, eval_rows, num_steps, run, device, rank, world_size, args)
+    evaluate(model, processor, eval_rows, num_steps, run, rank, world_size, args)
     if bench_rows:
-        score_bench(model, processor, bench_rows, run.out, device, rank, world_size, args)
+        score_bench(model, processor, bench_rows, run.out, rank, world_size, args)
     cleanup()
 
 

@@ -101,10 +101,24 @@ def test_an_unknown_label_has_no_gradient():
     (dict(follow="rejected", quality="chosen"), True, "opposed", [0.5, 0, 1]),
     (dict(follow="chosen", quality="chosen"), True, "opposed", [NAN, 1, 1])])
 def test_winner_labels(row, is_tie, rule, labels):
-    found = E.winner_labels(row, is_tie, SimpleNamespace(tie_rule=rule, labels="all"))
+    found = E.winner_labels("pairs.jsonl", row, is_tie, rule)
     assert found == pytest.approx(labels, nan_ok=True)
-    overall = E.winner_labels(row, is_tie, SimpleNamespace(tie_rule=rule, labels="overall"))
+    assert E.trained_labels(found, SimpleNamespace(labels="all")) is found
+    overall = E.trained_labels(found, SimpleNamespace(labels="overall"))
     assert overall == pytest.approx([labels[0], NAN, NAN], nan_ok=True)
+
+
+def test_an_unknown_winner_is_refused():
+    with pytest.raises(SystemExit, match="pairs.jsonl, row 7: the field 'quality' is 'Chosen'"):
+        E.winner_labels("pairs.jsonl", dict(id=7, quality="Chosen"), False, "none")
+
+
+def test_ranking_accuracy():
+    """Ties and unknown labels do not count; an equal score is wrong."""
+    rows = [dict(labels=[label], chosen_score=c, rejected_score=r) for label, c, r in (
+        (1.0, 2, 1), (1.0, 1, 2), (0.0, 1, 2), (1.0, 3, 3), (0.5, 2, 1), (NAN, 2, 1))]
+    assert E.ranking_accuracy(rows, "score", 0) == 0.5
+    assert math.isnan(E.ranking_accuracy(rows[4:], "score", 0))
 
 
 # ---------------------------------------------------------------- the model and whole runs
@@ -154,7 +168,7 @@ def test_the_added_position_is_the_only_new_input(vlm, toy_rows):
     with torch.no_grad():
         mu, _ = model(inputs)
         state = model.vlm.model(**inputs).last_hidden_state[:, -1]      # its embedding is still that of the end token
-        wanted = torch.stack([head(state) for head in model.heads], 1)
+        wanted = torch.stack([head(state) for head in model.heads.values()], 1)
         assert torch.allclose(mu, wanted[..., 0], atol=1e-5) and mu.shape == (3, 2)
         model.reward_embedding += 1
         assert (model(inputs)[0] - mu).abs().min() > 1e-4
@@ -238,5 +252,7 @@ def test_it_learns_the_pairs(flags, tmp_path, run_here):
              "--tie_rule", "none")
     rows = read_rows(tmp_path / "scores.jsonl")
     accuracy = sum(evaluate.pair_metrics(row)["strict"] for row in rows[:20]) / 20
-    losses = [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
+    metrics = read_rows(tmp_path / "metrics.jsonl")
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    assert metrics[-1]["follow_accuracy"] is not None                  # it is measured, although it is not trained
     assert accuracy > 0.8 and losses[-1] < 0.7 * losses[0]

@@ -3,7 +3,7 @@
 EditReward (arXiv 2509.26346) scored 46,000 edits, kept the best, and fine-tuned Step1X-Edit on
 them. Step1X-Edit's overall score on GEdit (English) was 6.44 before, 6.78 after all 46,000 edits,
 and 7.09 after the best 20,000. This script does the same with any judge, for FLUX.1-Kontext and
-Qwen-Image-Edit: score once, keep the best, imitate them. Unlike in reinforcement learning, nothing
+Qwen-Image-Edit: score once, keep the best, imitate them. Unlike in reinforcement learning, no edit
 is drawn during training.
 
     scored edits                  edit_score          one number for each
@@ -22,8 +22,8 @@ The loss is flow matching on the kept edits:
     u    = noise - x0,            its velocity
     loss = mean over the S x C numbers of (v(x_t, t, cond) - u)^2                  example_loss
 
-t is a random point of the editor's own sampling schedule, one from each of K equal parts of it. The
-schedule has more points at high noise, the more so the larger the image.
+The K values of t are stratified: a random point from each of K equal parts of the editor's own
+sampling schedule, which has more points at high noise, the more so the larger the image.
 
 An example: two prompts have four edits each, which score 9, 8, 7, 6 and 4, 3, 2, 1. --keep 0.5
 keeps all edits of the first prompt. With --per_prompt it keeps 9, 8, 4 and 3, and it keeps at least
@@ -38,22 +38,27 @@ then the safer choice.
     # 2. Imitate the better half.
     python related/curate.py --toy --edits pool/traces.jsonl \
         --editor toy/models/editor --out curated
+    # 3. Is it better? Draw with --lora curated/lora, and ask another judge (README, stage 6).
+    # On several GPUs: torchrun --nproc-per-node=8 related/curate.py
 
-    reads   --edits: rows {id, source, instruction, edit} with a judge's score, which is the mean
-            score of its `traces` (build_sft.py), or else its `O` (evaluate.py judge)
+    reads   --edits: rows {id, source, instruction, edit} and a score: the mean `score` of the row's
+            `traces` (build_sft.py) or, without traces, `O`, the overall score of evaluate.py judge
     writes  out/lora (pipe.load_lora_weights loads it), out/chosen.jsonl (the rows that are trained
             on), out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
 Differences from the paper, which says little of this experiment:
     1. The editors are others, and a LoRA is trained at a constant learning rate.
-    2. The paper's edits are GPT-4o's. If they are the editor's own, this is one round of rejection
-       sampling; draw again with the trained LoRA for a second one.
-    3. FLUX.1-Kontext's guidance input stays at 2.5, but the target is the velocity of the data and
-       not of the distilled guidance. Qwen-Image-Edit learns only the velocity with the instruction;
-       its CFG, which also needs the one without, changes a little with the LoRA.
+    2. The paper's edits come from GPT-4o. Here they may come from any model. If they come from the
+       editor itself, this is one round of rejection sampling; draw again with the trained LoRA for
+       a second one.
+    3. FLUX.1-Kontext was distilled to predict a guided velocity. Its guidance input stays at 2.5,
+       but it is trained towards noise - x0, which is not guided.
+    4. Qwen-Image-Edit is trained on its pass with the instruction alone. CFG, with which it is
+       used, has a second pass without; the LoRA changes that one too, but nothing trains it.
 
-Metrics: loss; eval_loss, on the best half of the evaluation edits, whatever is trained on, so that
-it can be compared between choices; grad_norm.
+Metrics: loss; grad_norm, before clipping to 1; eval_loss, always on the best half of the held-out
+edits by the same scores, so that runs with another --keep, --select or --per_prompt can be
+compared. It says how near the editor is to these edits, and not that its own are better.
 
 What to change for ...
     another judge            `edit_score`
@@ -88,7 +93,7 @@ TOY = dict(num_eval=16, resolution=32, steps=300, batch_size=12, num_noise_level
            lora_rank=16, eval_every=100)
 NUM_EVAL_LEVELS = 4                 # noise levels of an evaluation edit
 NUM_SIGMAS = 1000                   # points of the schedule, from which t is drawn
-FULL_SIZE = 4096 * 4096             # pixels: images are read whole, and then resized
+FULL_SIZE = 4096 * 4096             # pixels: images are read at up to this size, then resized
 LORA_SCALE = 2                      # alpha / rank
 
 
@@ -103,8 +108,8 @@ def parse_args():
     data.add_argument("--editor", required=True, help="FLUX.1-Kontext or Qwen-Image-Edit (-Plus).")
     data.add_argument("--out", required=True, help="The folder for all outputs.")
     data.add_argument("--num_eval", type=int, default=64,
-                      help="The number of last edits that are held out for evaluation; their "
-                           "sources are not trained on.")
+                      help="Hold out so many edits at the end, and train on none of their sources. "
+                           "The better half of them is evaluated.")
 
     selection = parser.add_argument_group("selection")
     selection.add_argument("--keep", type=float, default=0.5,
@@ -175,7 +180,7 @@ def choose_edits(rows, keep, select, per_prompt, seed):
 class Example:
     """A chosen edit, ready for the editor."""
     x0: torch.Tensor                    # (1, S, C): the latents of the edit
-    cond: "Conditioning"                # of its prompt
+    cond: "Conditioning"                # the source image and the instruction
 
 
 @torch.no_grad()
@@ -191,7 +196,8 @@ def encode_edits(editor, rows, args):
         edit = open_image(args.edits, row, "edit", max_pixels=FULL_SIZE)
         edit = ImageOps.fit(edit, source.size, Image.LANCZOS)   # cropped if the shape differs
         cond = editor.encode(source, row["instruction"])
-        # encode() takes its image for a source. Of the edit, only the latents are needed.
+        # encode() takes its image for a source, and encodes the instruction again, which costs a
+        # pass of the text encoder. Of the edit, only the latents are needed.
         x0 = editor.encode(edit, row["instruction"]).image_latents
         examples.append(Example(x0, cond))
     editor.text_encoder.to("cpu")
@@ -199,7 +205,7 @@ def encode_edits(editor, rows, args):
 
 
 def draw_noise_levels(editor, x0, num_levels, seed_key):
-    """Noise levels t (K,) from the editor's schedule, and noise (K, S, C), with their own seed."""
+    """Noise levels t (K,) from the editor's schedule, and noise (K, S, C), seeded by seed_key."""
     generator = torch.Generator().manual_seed(derive_seed(*seed_key))
     sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], NUM_SIGMAS).cpu()
     # One from each of K equal parts of the schedule: with K > 1 an edit sees high and low noise.
@@ -212,11 +218,10 @@ def draw_noise_levels(editor, x0, num_levels, seed_key):
 def example_loss(editor, example, num_levels, seed_key):
     """The mean loss of one edit over K noise levels: a scalar."""
     x0 = example.x0                                                         # (1, S, C)
-    levels, noise = draw_noise_levels(editor, x0, num_levels, seed_key)
-    t = levels[:, None, None]                                               # (K, 1, 1)
-    x_t = (1 - t) * x0 + t * noise                                          # (K, S, C)
+    t, noise = draw_noise_levels(editor, x0, num_levels, seed_key)          # (K,), (K, S, C)
+    x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise            # (K, S, C)
     u = noise - x0
-    v = editor.predict_velocity(x_t, levels, example.cond)
+    v = editor.predict_velocity(x_t, t, example.cond)
     return (v - u).square().mean()
 
 
@@ -226,7 +231,7 @@ def evaluate(editor, eval_rows, step, run, rank, world_size, args):
     losses = []
     rows = eval_rows[rank::world_size]
     for row, example in zip(rows, encode_edits(editor, rows, args)):
-        seed_key = ("eval", args.seed, row["id"])
+        seed_key = ("eval", row["id"])
         losses.append(example_loss(editor, example, NUM_EVAL_LEVELS, seed_key).item())
     losses = all_gather_lists(losses)
     if rank == 0 and losses:
@@ -246,10 +251,11 @@ def load_chosen(args, rank, world_size):
     train_rows, eval_rows = split_by_source(rows, args.num_eval)
     num_scored = sum(edit_score(row) is not None for row in train_rows)
     train_rows = choose_edits(train_rows, args.keep, args.select, args.per_prompt, args.seed)
-    eval_rows = choose_edits(eval_rows, 0.5, "top", per_prompt=False, seed=0)
+    # The same rows for all values of --keep, --select, --per_prompt and --seed.
+    eval_rows = choose_edits(eval_rows, keep=0.5, select="top", per_prompt=False, seed=0)
     if rank == 0:
-        print(f"{args.edits}: {len(rows)} edits. Of the {num_scored} with a score and a training "
-              f"source, {len(train_rows)} were chosen. {len(eval_rows)} are for evaluation.")
+        print(f"{args.edits}: {len(rows)} edits. {num_scored} have a score and are not held out; "
+              f"{len(train_rows)} of these were chosen. {len(eval_rows)} are for evaluation.")
     if args.batch_size % world_size > 0 or args.batch_size > len(train_rows):
         raise SystemExit(f"--batch_size must be a multiple of the {world_size} ranks and at most "
                          f"the {len(train_rows)} edits that --num_eval and --keep leave for "
@@ -267,8 +273,8 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    # Qwen-Image-Edit goes without CFG; FLUX.1-Kontext keeps its guidance input, 2.5.
-    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None
+    # 1 switches Qwen-Image-Edit's CFG off. FLUX.1-Kontext has an input for its guidance.
+    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else 2.5
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
     params = add_lora(pipe.transformer, editor.lora_layers, args.lora_rank)
@@ -282,7 +288,8 @@ def main():
                      for row in train_rows])
 
     for step in range(run.start_step, args.steps + 1):
-        # ---- 2. At first, every --eval_every steps and at the end: save, then evaluate.
+        # ---- 2. At first, every --eval_every steps and at the end: save, then evaluate, so that a
+        # run that dies while it evaluates begins with that again.
         if step % args.eval_every == 0 or step == args.steps:
             if rank == 0:                           # the LoRA is the same on all ranks
                 save_lora(pipe, run.out / "lora", args.lora_rank)
@@ -294,13 +301,15 @@ def main():
         # ---- 3. This rank's edits of the step.
         indices = batch_indices(len(train_rows), args.batch_size, args.seed, step)
         rows = [train_rows[i] for i in indices[rank::world_size]]
+        examples = encode_edits(editor, rows, args)
 
         # ---- 4. Flow matching on each of them.
+        # Zeros and not None: all_reduce needs a tensor for every parameter, and no loss depends on
+        # the last block's text layers.
         for param in params:
-            param.grad = torch.zeros_like(param)    # not None: the last block has text layers
-                                                    # on which no loss depends
+            param.grad = torch.zeros_like(param)
         local_loss = 0.0
-        for row, example in zip(rows, encode_edits(editor, rows, args)):
+        for row, example in zip(rows, examples):
             seed_key = ("train", args.seed, step, row["id"])
             loss = example_loss(editor, example, args.num_noise_levels, seed_key)
             (loss / args.batch_size).backward()

@@ -1,13 +1,13 @@
 """EditReward: a reward model that outputs scores and no text, a vision-language model with heads.
 
 EditReward (arXiv 2509.26346) learns from pairs of edits of one source image, of which people have
-chosen one, as train_gcpo.py does. One learned token is appended to the prompt of a vision-language
+chosen one. One learned token is appended to the prompt of a vision-language
 model (VLM). Its last hidden state feeds a small head for each dimension: does the edit follow the
 instruction, and does it look good? Each head predicts the mean and the log standard deviation of a
 Gaussian score. They are trained on people's choices alone; nobody ever gives a score.
 
     what                             by the function   remarks
-    --batch_size pairs               batch_indices     the ranks share them
+    --batch_size pairs               batch_indices     split over the ranks
       -> micro-batches of B pairs                      B = --micro_batch_size
       -> inputs (2 B, T)             reward_inputs     prompts of T tokens, two for each pair
       -> hidden state (2 B, H)       EditReward        at the appended token
@@ -31,10 +31,14 @@ A pair has a label y for the overall score and for each dimension:
 
     overall           a row of --pairs                          1
                       a row of --ties that --tie_rule admits    1/2
+                      any other row of --ties                   NaN, no loss
     follow, quality   the row's field says "chosen"             1
                       it says "rejected"                        0
                       it says "same", or there is none          NaN, no loss
-    overall           all other ties                            NaN, no loss
+
+With --labels overall those of the dimensions have no loss, and are used for the accuracies alone.
+Then, and if the rows have none, only the mean of the dimensions is trained: a head need not come to
+mean what its name says.
 
 Three losses, --loss:
     exact          -log P, as the paper writes it. A pair that is ranked wrong pulls s up, one that
@@ -47,12 +51,13 @@ A worked number: a wrong pair with m = -2. With s = 1, P = .155 and -log P = 1.8
 P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it costs more.
 
     python related/train_editreward.py --toy --pairs preferences.jsonl --ties ties.jsonl \
-        --model toy/models/vlm --bench reward_bench/preferences.jsonl --out editreward
+        --model toy/models/direct --bench reward_bench/preferences.jsonl --out editreward
     python evaluate.py reward --scores editreward/scores.jsonl --out editreward/reward
 
     reads   rows {"id": "7/0", "source": "7.png", "instruction": "remove the dog", "chosen":
             "7a.png", "rejected": "7b.png", "follow": "chosen", "quality": "same"}, where follow and
-            quality are optional; a Qwen2.5-VL or Qwen3-VL, or the out/model of an earlier run
+            quality are optional; in --ties, chosen and rejected only mean first and second;
+            a Qwen2.5-VL or Qwen3-VL, or out/model of an earlier run (a folder, not a hub id)
     writes  out/model (the VLM, and heads.safetensors), out/scores.jsonl of the pairs of --bench,
             out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
@@ -66,12 +71,13 @@ Differences from the paper and its released code:
     5. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension.
        --tie_rule opposed gives such a pair y = 1/2, the mean of the two copies' losses. The code
        has no rule for ties.
-    6. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x. The limits of log
-       sigma are ours; up to s = 4, P is exact to four digits.
+    6. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x. Clipping log sigma
+       is ours: it keeps s below sqrt(2) e = 3.85, where 64 nodes give P to four digits.
 
 Metrics: loss and eval_loss (not comparable between values of --loss or --labels); accuracy,
-follow_accuracy and quality_accuracy, of the evaluation pairs with a winner there; sigma, the mean
-overall sigma of all evaluation edits; grad_norm, before clipping to 1.
+follow_accuracy and quality_accuracy, each over the evaluation pairs whose label there is 0 or 1
+(equal scores are wrong); sigma, the mean overall sigma of all evaluation edits; grad_norm, before
+clipping to 1.
 
 What to change for ...
     another way to combine the dimensions   `add_overall`
@@ -158,8 +164,8 @@ def parse_args():
 
 # ------------------------------------------------------------ the prompt
 #
-# It is that of train_nft.py, so that the same VLM, which has learned to judge in one pass, serves
-# both. Here the digit is never written: the appended token stands where it would.
+# It is the prompt of train_nft.py, so that both scripts can use one VLM that rates edits. Here no
+# digit is written: the appended token stands in its place.
 
 RATING_RULES = """\
 Rate how well the second image carries out the instruction on the first image. 0 means that the
@@ -181,7 +187,7 @@ def rating_chat(source, edit, instruction):
 # ------------------------------------------------------------ the mathematics
 
 def log_preference(m, s, loss_type):
-    """log P(c > r) of two Gaussian scores, or what --loss takes for it: m, s (...) -> (...)."""
+    """log P(c > r), or what --loss puts in its place: m, s (...) -> (...)."""
     if loss_type == "bradley_terry":
         return logsigmoid(m)
     # E f(x) is about the sum of w_k f(x_k). Logs are taken in fp64: the outer w_k are 0 in fp32.
@@ -210,7 +216,8 @@ def pair_loss(mu, sigma, labels, loss_type):
     m = mu[:, 0] - mu[:, 1]                                                 # (B, 1 + D)
     s = sigma.square().sum(1).sqrt()                                        # (B, 1 + D)
     known = ~labels.isnan()
-    # `where` alone would not do: the gradient of a NaN that it leaves out is 0 * NaN, again NaN.
+    # No NaN may enter the losses, although `where` leaves them out below: in the backward pass
+    # `where` sends 0 there, and 0 * NaN is NaN.
     y = labels.nan_to_num()
     losses = -y * log_preference(m, s, loss_type) - (1 - y) * log_preference(-m, s, loss_type)
     return torch.where(known, losses, 0).sum(-1)
@@ -252,14 +259,15 @@ class EditReward(nn.Module):
         return torch.cat([embedded[:, :-1], reward], dim=1)
 
     def forward(self, inputs):
-        """Mean and standard deviation of each dimension's score: (R, D), (R, D), in fp32."""
+        """Mean and standard deviation of each score of R edits: (R, D) each, in fp32."""
         device_type = self.vlm.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             outputs = self.vlm.model(**inputs, use_cache=False)
         state = outputs.last_hidden_state[:, -1].float()                    # (R, H)
         predictions = torch.stack([self.heads[name](state) for name in DIMENSIONS], 1)
         mu, log_sigma = predictions.unbind(-1)                              # (R, D) each
-        return mu, log_sigma.clamp(-5, 1).exp()     # outside these limits it has no gradient
+        # A log sigma outside the limits gets no gradient. It moves only with those of other edits.
+        return mu, log_sigma.clamp(-5, 1).exp()
 
 
 def load_reward_model(args, device, world_size):
@@ -269,14 +277,14 @@ def load_reward_model(args, device, world_size):
     model = EditReward(vlm, processor.tokenizer.eos_token_id)
     heads_path = Path(args.model, "heads.safetensors")
     if heads_path.exists():
-        # The file has no tensors of the VLM, and all others.
+        # The file holds every tensor but those of the VLM.
         keys = model.load_state_dict(load_file(heads_path), strict=False)
         wrong = keys.unexpected_keys + [k for k in keys.missing_keys if not k.startswith("vlm.")]
         if wrong:
             raise SystemExit(f"{heads_path} has other heads than {DIMENSIONS}: {wrong}")
     if world_size > 1:
         blocks = list(vlm.model.language_model.layers) + list(vlm.model.visual.blocks)
-        # The heads compute in fp32. They come first, so that shard_model leaves them alone.
+        # fully_shard skips what is sharded already. So the heads stay fp32, and the rest is bf16.
         for head in model.heads.values():
             fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32),
                         reshard_after_forward=False)
@@ -363,6 +371,7 @@ def load_pair_batch(processor, rows, args):
         for side in ("chosen", "rejected"):
             edit = open_image(row["file"], row, side)
             chats.append(rating_chat(source, edit, row["instruction"]))
+    # The rows keep all labels, for the accuracies. The loss sees those that are trained.
     labels = torch.tensor([trained_labels(row["labels"], args) for row in rows])
     return reward_inputs(processor, chats), labels
 
@@ -376,7 +385,7 @@ def score_pairs(model, inputs):
 
 @torch.no_grad()
 def score_rows(model, processor, rows, rank, world_size, args):
-    """Score both edits of each row. The ranks share the rows; each returns all, in order."""
+    """Score both edits of each row. The rows are split over the ranks; each returns all of them."""
     local_rows = rows[rank::world_size]
     scored = []
     for start in range(0, len(local_rows), args.micro_batch_size):
@@ -441,7 +450,7 @@ def check_pair_sizes(train_rows, eval_rows, bench_rows, args, world_size):
     """Stop if there are too few pairs, or if they cannot be divided among the ranks."""
     if args.batch_size % world_size > 0 or len(train_rows) < args.batch_size:
         raise SystemExit(f"--batch_size {args.batch_size} must be a multiple of the {world_size} "
-                         f"ranks and at most the {len(train_rows)} training pairs.")
+                         f"ranks and at most the {len(train_rows)} pairs that --num_eval leaves.")
     for flag, rows in (("num_eval", eval_rows), ("bench", bench_rows)):
         # FSDP gathers the weights in a forward pass, and all ranks must take part in it.
         if 0 < len(rows) < world_size:

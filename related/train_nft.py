@@ -8,7 +8,7 @@ pretraining, and moves the velocity there towards a good edit and away from a ba
     policy     the editor with its LoRA: it turns noise into an edit by solving an ODE
     old        a second LoRA, a copy that lags behind the trained one; it draws the edits
     action     a whole edit: its latents x0
-    reward     tau from 0 to 10, from a vision-language model (VLM)
+    reward     tau from 0 to 10, from a vision-language model (VLM); `rewards` in the code
     group      the G edits of one prompt; a group that has little to teach is dropped
     reference  the editor without a LoRA; a small term keeps the policy near it
 
@@ -26,12 +26,13 @@ noise levels:
 
 An edit x0 gets noise at a level t, one of the sampler's sigmas (but not 0):
 
-    x_t   = (1 - t) x0 + t noise                                                   nft_terms
+    x_t   = (1 - t) x0 + t noise                                                   noise_edits
     u     = noise - x0, the velocity that leads from x_t back to this edit
     v     = what the editor predicts at x_t with the trained LoRA
     v_old = the same with the old LoRA,  v_ref = the same without a LoRA           nft_terms
 
-With c = ADVANTAGE_CLIP = 5 and b = STRENGTH = 1, which the paper calls beta:
+With c = ADVANTAGE_CLIP = 5 and b = STRENGTH = 1, which the paper calls beta (--beta is something
+else, the weight of the distance to the editor without a LoRA):
 
     A      = (tau - mean tau of the group) / (std of all tau of the step + 1e-4)   nft_advantages
     v+     = v_old + b (v - v_old),  v- = v_old - b (v - v_old)                    nft_loss
@@ -39,29 +40,31 @@ With c = ADVANTAGE_CLIP = 5 and b = STRENGTH = 1, which the paper calls beta:
     w±     = mean |error±|, without gradient
     l±     = mean error±^2 / w±                                                    nft_loss
     rho    = (1 + clip(A, -c, c) / c) / 2, from 0 to 1                             nft_loss
-    loss   = c / b (rho l+ + (1 - rho) l-) + --beta mean (v - v_ref)^2             nft_terms
+    loss   = (c / b) (rho l+ + (1 - rho) l-) + --beta mean (v - v_ref)^2           nft_terms
     old    = eta old + (1 - eta) trained,  eta = min(.001 i, .5) after i updates   follow
 
 Means are over the S x C numbers of an edit.
 
 What an update does. The old LoRA stays close behind the trained one, and so v is near v_old. There
-both errors are t (u - v_old), and the gradient of the loss is clip(A, -c, c) times the gradient of
-l = t^2 mean (u - v)^2 / w. That is flow matching on x0, weighted by A: the editor imitates an edit
-with A > 0 and moves away from one with A < 0.
+both errors are t (u - v_old), and apart from the --beta term the gradient of the loss is
+clip(A, -c, c) times the gradient of l = t^2 mean (u - v)^2 / w. That is flow matching on x0,
+weighted by A: the editor imitates an edit with A > 0 and moves away from one with A < 0.
 
-What many updates on one edit would do, with v_old fixed. If w were constant, v would stop at
-v_old + clip(A, -c, c) / (c b) (u - v_old). But w shrinks with the error, and so v goes on to
-v_old + sign(A) / b (u - v_old). So |A| decides how much an edit weighs beside others, and not
-where the training ends.
+What many updates on one edit alone would do, with v_old fixed. If w were constant, v would stop at
+v_old + (clip(A, -c, c) / (c b)) (u - v_old). But error^2 / w pulls as hard near the end as far from
+it, as an L1 loss does, and so v goes on to v_old + (sign(A) / b) (u - v_old). So for one edit only
+the sign of A counts; among several, A says how much each weighs.
 
 A worked number: four edits score 8, 6, 4 and NaN, and the std of all scores of the step is 2. Then
 A = 1, 0, -1 and NaN, and rho = 0.6, 0.5 and 0.4.
 
 Three rewards, --reward_type:
-    verdict     the score of the greedy verdict that a VLM trained by train_gcpo.py writes
-    expected    that verdict, but the expected score under the probabilities of its first digit
+    verdict     a VLM trained by train_gcpo.py describes both images, answers each principle with 0
+                or 1, and writes a score from 0 to 10; the most likely text is taken
+    expected    that text, but the expected score under the probabilities of the score's first digit
     direct      UniWorld-V2's: an untrained VLM rates the edit with one digit from 0 to 5, without
-                reasoning; the reward is twice the expected digit
+                reasoning; the reward is twice the expected digit. There is always one, even if the
+                VLM would rather write something else
 
     python related/train_nft.py --toy --prompts principles.jsonl \
         --editor toy/models/editor --reward gcpo/model --out nft
@@ -81,7 +84,7 @@ Differences from UniWorld-V2 and its code:
        are left on all ranks. Its code multiplies them by 0.
     3. A group is dropped if its std is at most --min_std or if its mean is at least MAX_MEAN, as in
        the code (.05 and .9 of a score from 0 to 1). The paper drops it only if both hold.
-    4. Qwen-Image-Edit is evaluated without CFG, too. Its code only trains without.
+    4. Qwen-Image-Edit is evaluated without CFG, too; its code does so only in training.
     5. The trained LoRA is evaluated and saved. Its code keeps a running mean of it for that.
 
 Metrics: reward, the mean score; reward_std, the mean std within groups; parse_rate, the share of
@@ -289,9 +292,10 @@ def add_loras(model, layer_names, lora_rank):
 
 @torch.no_grad()
 def follow(model, num_updates):
-    """Move the old LoRA to the trained one; num_updates: the planned optimizer steps so far.
+    """Move the old LoRA to the trained one.
 
-    A and B are moved one by one, as in UniWorld-V2's code; their product does not move in a line.
+    num_updates: the mini-batches so far, including those of which nothing was kept. A and B are
+    interpolated one by one, as in UniWorld-V2's code, and so B(A(h)) is not interpolated linearly.
     """
     eta = min(0.001 * num_updates, 0.5)
     for layer in model.modules():
@@ -345,7 +349,7 @@ def digit_logits(reward_model, chats, beginnings, num_digits):
     token_ids = []
     for digit in range(num_digits):
         ids = tokenizer.encode(str(digit), add_special_tokens=False)
-        assert len(ids) == 1, f"the digit {digit} is {len(ids)} tokens of this VLM"
+        assert len(ids) == 1, f"the digit {digit} is {len(ids)} tokens of this VLM, not 1"
         token_ids.extend(ids)
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     texts = [text + beginning for text, beginning in zip(texts, beginnings)]
@@ -369,8 +373,8 @@ def score_edits_expected(reward_model, prompts, images, group_size, args):
     """Like score_edits, but the mean over the first digits that the score could begin with.
 
     The reasoning and the answers are those of the greedy verdict. This is an approximation: a digit
-    counts for the middle of the scores that begin with it (7 for 7.5). 1 may also begin a 10, but
-    it counts for 10 only if the greedy score is 10: a likely 10 beside a greedy 9 is taken for 1.5.
+    counts for the middle of the scores that begin with it (a 7 for 7.5). 1 begins both 1.5 and 10:
+    it counts for 10 if the greedy score is above 5.
     """
     def chat_of(prompt, image):
         return verdict_chat(
@@ -387,7 +391,7 @@ def score_edits_expected(reward_model, prompts, images, group_size, args):
                 scores.append(math.nan)
                 continue
             values = torch.arange(10) + 0.5
-            if verdict.score == 10:
+            if verdict.score > 5:
                 values[1] = 10
             scores.append(expected_value(row_logits, values).item())
     return torch.tensor(scores).view(len(prompts), group_size)
@@ -468,10 +472,10 @@ def solve_ode(editor, cond, x, args):
 
 @dataclass
 class NoisedEdits:
-    """B terms of the loss; each is an edit of one prompt at one noise level."""
+    """B edits of one prompt, each with noise at a level of its own."""
     x0: torch.Tensor                    # (B, S, C): the edit
+    x_t: torch.Tensor                   # (B, S, C): the edit with noise
     t: torch.Tensor                     # (B,): the noise level
-    noise: torch.Tensor                 # (B, S, C)
     advantage: torch.Tensor             # (B,)
 
 
@@ -483,42 +487,36 @@ def noise_edits(editor, prompt, latents, advantages, step, args):
     """
     sigmas = get_sigmas(editor.pipe.scheduler, latents.shape[1], args.num_inference_steps).cpu()
     kept = (~advantages.isnan()).nonzero().flatten().tolist()
-    levels = []
-    noises = []
+    noised = []                                             # (g, t, noise) of every term
     for g in kept:
         seed = derive_seed("train", args.seed, step, prompt.row["id"], g)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(args.num_inference_steps, generator=generator)
-        levels.extend(sigmas[order[:args.num_train_sigmas]])                # without the final 0
-        for _ in range(args.num_train_sigmas):
-            noises.append(torch.randn(latents.shape[1:], generator=generator))
-    edit_of_term = torch.tensor(kept).repeat_interleave(args.num_train_sigmas)
-    for terms in torch.arange(len(levels)).split(args.micro_batch_size):
-        if len(terms) == 0:
-            continue                                        # nothing is kept
-        edits = edit_of_term[terms]
-        yield NoisedEdits(
-            x0=latents[edits],
-            t=torch.stack([levels[i] for i in terms]).to(latents),
-            noise=torch.stack([noises[i] for i in terms]).to(latents),
-            advantage=advantages[edits].to(latents))
+        order = torch.randperm(args.num_inference_steps, generator=generator)   # without sigma = 0
+        for t in sigmas[order[:args.num_train_sigmas]]:
+            noised.append((g, t, torch.randn(latents.shape[1:], generator=generator)))
+    for start in range(0, len(noised), args.micro_batch_size):
+        edit_indices, levels, noises = zip(*noised[start:start + args.micro_batch_size])
+        edit_indices = list(edit_indices)
+        x0 = latents[edit_indices]
+        t = torch.stack(levels).to(x0)
+        noise = torch.stack(noises).to(x0)
+        x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
+        yield NoisedEdits(x0, x_t, t, advantages[edit_indices].to(x0))
 
 
 def nft_terms(editor, cond, edits, args):
     """Loss, change and distance of B noised edits: (B,) each. Without --beta distance is NaN."""
     transformer = editor.pipe.transformer
-    t = edits.t[:, None, None]
-    x_t = (1 - t) * edits.x0 + t * edits.noise                              # (B, S, C)
     with torch.no_grad():
         transformer.active_lora = "old"
-        v_old = editor.predict_velocity(x_t, edits.t, cond)
+        v_old = editor.predict_velocity(edits.x_t, edits.t, cond)
         if args.beta > 0:
             transformer.active_lora = None
-            v_ref = editor.predict_velocity(x_t, edits.t, cond)
+            v_ref = editor.predict_velocity(edits.x_t, edits.t, cond)
     # It stays "trained": gradient checkpointing repeats this forward pass during backward().
     transformer.active_lora = "trained"
-    v = editor.predict_velocity(x_t, edits.t, cond)
-    loss = nft_loss(v, v_old, x_t, edits.x0, edits.t, edits.advantage)
+    v = editor.predict_velocity(edits.x_t, edits.t, cond)
+    loss = nft_loss(v, v_old, edits.x_t, edits.x0, edits.t, edits.advantage)
     change = (v - v_old).square().mean((1, 2))
     distance = torch.full_like(change, math.nan)
     if args.beta > 0:
@@ -547,7 +545,7 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
             for param in params:
                 dist.all_reduce(param.grad)         # a sum, since num_terms counts all ranks
         grad_norm = clip_gradients(params, step)
-        if num_terms > 0:
+        if num_terms > 0:           # Adam would also move without a gradient, by its momentum
             optimizer.step()
     changes = torch.tensor(all_gather_lists(changes))       # its mean is NaN if nothing was kept
     distances = torch.tensor(all_gather_lists(distances))
@@ -619,10 +617,10 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    # Qwen-Image-Edit goes without CFG; FLUX.1-Kontext keeps its guidance input, 2.5.
-    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else None
+    # 1 switches Qwen-Image-Edit's CFG off. FLUX.1-Kontext has an input for its guidance.
+    guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else 2.5
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
-    reward_model = VLM(args.reward, served_model="", device=device)     # a server's only model
+    reward_model = VLM(args.reward, served_model="", device=device)     # "": a server's only model
     score_images = REWARDS[args.reward_type]
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
     params = add_loras(pipe.transformer, editor.lora_layers, args.lora_rank)

@@ -218,14 +218,15 @@ def pairs(toy_rows):
 
 @pytest.fixture(scope="session")
 def sft(toy_rows):
-    """sft.jsonl of the toy rows: the right edit and the wrong one, each with a teacher's verdict."""
+    """sft.jsonl of the toy rows: the right edit and the wrong one, each with a teacher's verdict of some tokens."""
     folder, rows = toy_rows
     sft_rows = []
-    for row in rows:
-        for name, gold, score in (("right", [1, 1], 8.75), ("wrong", [0, 1], 3.125)):
+    for i, row in enumerate(rows):
+        for name, gold, score in (("right", [1, 1], 9.375), ("wrong", [0, 1], 1.25)):
             sft_row = {k: row[k] for k in ("source", "instruction", "principles")}
+            look = ("", "I look. ", "I see it. ")[i % 3]
             sft_rows.append(sft_row | dict(id=f"{row['id']}/{name}/0", edit=row[name], gold=gold,
-                                           text=say_verdict(gold, score)))
+                                           text=look + say_verdict(gold, score)))
     return write_rows(folder / "sft.jsonl", sft_rows)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import build_sft
 import train_flow_grpo as F
 import train_nft as N
-from conftest import read_rows, run_script
+from conftest import read_rows, run_script, say_verdict
 
 NAN = math.nan
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -174,6 +174,20 @@ def test_the_text_before_the_score():
     """With the blanks and stars that parse_verdict allows; the last tag counts."""
     assert N.text_before_score("<score>1</score> so\n<score> **7.5</score>") == "<score>1</score> so\n<score> **"
     assert N.text_before_score("no score") == "no score"
+
+
+@pytest.mark.parametrize("score, digits, wanted", [
+    (9.0, {9: 0.6, 1: 0.4}, 0.6 * 9.5 + 0.4 * 10), (10.0, {1: 1.0}, 10), (1.5, {1: 0.5, 2: 0.5}, 2), (None, {7: 1.0}, NAN)])
+def test_the_expected_score_reads_a_1_as_10_beside_high_scores(score, digits, wanted, monkeypatch):
+    text = "I see nothing." if score is None else say_verdict([1, 1], score)
+    logits = torch.full((1, 10), -99.0)
+    for digit, probability in digits.items():
+        logits[0, digit] = math.log(probability)
+    monkeypatch.setattr(N, "digit_logits", lambda *_: logits)
+    judge = SimpleNamespace(generate=lambda chats, tokens: [SimpleNamespace(text=text)])
+    row = dict(instruction="x", principles=[dict(category="keep", question="a?")] * 2)
+    found = N.score_edits_expected(judge, [SimpleNamespace(image=None, row=row)], [None], 1, SimpleNamespace(max_new_tokens=9))
+    assert found.item() == pytest.approx(wanted, nan_ok=True)
 
 
 def test_two_loras_and_the_base(setting, editor_folder, tmp_path):

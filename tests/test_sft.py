@@ -21,7 +21,7 @@ from conftest import FORKS, ROOT, read_rows, run_script, say_verdict, weight_dif
 # Four steps. On two ranks, an evaluation takes two passes on one rank and one on the other, and a step takes
 # three passes on each, of two rows, two rows and one row.
 SMALL = ("--toy", "--num_eval", 5, "--batch_size", 10, "--micro_batch_size", 2, "--epochs", 1,
-         "--max_new_tokens", 160, "--eval_every", 2, "--lr", 1e-3)
+         "--max_new_tokens", 24, "--eval_every", 2, "--lr", 1e-3)
 
 
 def saved_weights(folder):
@@ -400,7 +400,7 @@ def test_bad_input_stops_the_run_with_one_message(straight, vlm, tmp_path, run_h
             (lambda: fourth(text="<|image_pad|>" + rows[3]["text"]), fr"rows, {row4}: the text contains '<\|'"),
             (lambda: fourth(principles=rows[3]["principles"] * 2), f"rows, {row4}: .* on its 4 questions"),
             (lambda: fourth(text="Seen. " * 20 + rows[3]["text"]),
-             "the texts of 1 rows have more than --max_new_tokens 160 tokens.*row1/wrong/0"),
+             "the texts of 1 rows have more than --max_new_tokens 24 tokens.*row1/wrong/0"),
             (lambda: ["--data", write_rows(tmp_path / "few", rows[:12])],
              "few: 6 rows are left for training .*--num_eval 5 evaluation rows .* --batch_size 10"),
             (lambda: ["--data", tmp_path / "half"], "half, line 48: .*build_sft.py"),

@@ -13,9 +13,11 @@ import decompose
 import evaluate
 import journey
 import pretrain
+import pretrain_direct
 import pretrain_editor
 import pretrain_judge
 import summary
+import train_nft
 import world as W
 from conftest import ROOT, say_verdict
 
@@ -268,7 +270,7 @@ def test_the_summary_of_a_run(small_run, run_here):
 
 def test_the_shipped_models_are_ordinary_folders_and_small():
     from diffusers import FluxKontextPipeline
-    for name in ("vlm", "vlm_small", "teacher", "judge"):
+    for name in ("vlm", "vlm_small", "teacher", "judge", "direct"):
         model = AutoModelForImageTextToText.from_pretrained(MODELS / name)
         assert model.config.model_type == "qwen2_5_vl"
         assert AutoTokenizer.from_pretrained(MODELS / name).chat_template == pretrain.TEMPLATE
@@ -344,10 +346,12 @@ def test_the_shipped_tokenizers_are_those_that_pretraining_makes():
     """If you edit a prompt in a script, rename its token there too, or train the models again."""
     made = json.loads(pretrain.tokenizer().backend_tokenizer.to_str())["added_tokens"]
     known = {name: json.loads((MODELS / name / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-             for name in ("vlm", "vlm_small", "teacher", "judge")}
+             for name in ("vlm", "vlm_small", "teacher", "judge", "direct")}
     assert made == known["vlm"] == known["vlm_small"] == known["teacher"]
     more = [token["content"] for token in known["judge"][len(made):]]
     assert known["judge"][:len(made)] == made and more == pretrain_judge.FIXED
+    assert known["direct"][:len(made)] == made
+    assert [token["content"] for token in known["direct"][len(made):]] == [train_nft.RATING_RULES]
 
 
 PROMPTS = {"verdict": build_sft.VERDICT_RULES, "inspector": build_sft.INSPECTOR_RULES,
@@ -369,7 +373,7 @@ def test_every_prompt_is_one_token_of_the_shipped_tokenizers(model):
 
 TASKS = [pretrain.look_at_edit, pretrain.look_at_source, pretrain.answers, pretrain.blind_verdict,
          pretrain.teacher_verdict, pretrain.inspection, pretrain.decomposition,
-         pretrain_judge.change_marks, pretrain_judge.picture_marks]
+         pretrain_judge.change_marks, pretrain_judge.picture_marks, pretrain_direct.rating]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
@@ -394,6 +398,20 @@ def test_a_lesson_is_encoded_as_the_stages_encode_it(task):
         prompt = want["input_ids"][i][want["attention_mask"][i] == 1]
         assert inputs["input_ids"][i][real & ~learned].tolist() == prompt.tolist()
         assert processor.tokenizer.decode(labels[i][learned]) == reply + "<|im_end|>"
+
+
+def test_the_direct_scorer_is_told_of_the_instruction_and_not_of_quality():
+    """Its labels follow SC with an error, whatever PQ is."""
+    rng = random.Random(0)
+    row = (None, "remove the red circle", None)
+    digits = {}
+    for sc, pq in ((10.0, 10.0), (10.0, 2.0), (0.0, 10.0), (5.0, 10.0)):
+        found = dict(SC=sc, PQ=pq, O=(sc * pq) ** 0.5)
+        labels = [int(pretrain_direct.rating(rng, row, found)[1]) for _ in range(400)]
+        assert set(labels) <= set(range(6))
+        digits[sc, pq] = sum(labels) / len(labels)
+    assert digits[10.0, 10.0] == pytest.approx(digits[10.0, 2.0], abs=0.15) and digits[10.0, 2.0] > 4.4
+    assert digits[0.0, 10.0] < 0.6 and digits[5.0, 10.0] == pytest.approx(2.5, abs=0.2)
 
 
 def test_a_list_that_is_not_complete_is_answered_as_it_is_asked():

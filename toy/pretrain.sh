@@ -10,4 +10,5 @@ export GOMP_SPINCOUNT=10000    # threads that spin for longer while they wait sl
 python toy/pretrain_editor.py --out "$out"          # editor_weak, editor
 python toy/pretrain.py --out "$out"                 # vlm_small, vlm, teacher
 python toy/pretrain_judge.py --out "$out"           # judge
+python toy/pretrain_direct.py --out "$out"          # direct
 python toy/pretrain_qwen.py --out "$out"            # editor_qwen

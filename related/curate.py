@@ -25,24 +25,25 @@ The loss is flow matching on the kept edits:
 The K values of t are stratified: a random point from each of K equal parts of the editor's own
 sampling schedule, which has more points at high noise, the more so the larger the image.
 
-An example: two prompts have four edits each, which score 9, 8, 7, 6 and 4, 3, 2, 1. --keep 0.5
-keeps all edits of the first prompt. With --per_prompt it keeps 9, 8, 4 and 3, and it keeps at least
-one edit of each prompt. The paper ranks all edits together, as is the default here. That compares
-scores of different prompts. A judge that has only learned from pairs of edits of one prompt, such
-as EditReward, need not be right there; if there are several edits of each prompt, --per_prompt is
-then the safer choice.
+An example: two prompts (a source image and an instruction) have four edits each, which score 9, 8,
+7, 6 and 4, 3, 2, 1. --keep 0.5 keeps all edits of the first prompt and none of the second. With
+--per_prompt it keeps 9, 8, 4 and 3, and always at least one edit of each prompt. The paper ranks
+all edits together, as is the default here. That compares scores of different prompts. A judge that
+has only learned from pairs of edits of one prompt, such as EditReward, need not be right there; if
+there are several edits of each prompt, --per_prompt is then the safer choice.
 
-    # 1. Draw four edits of each prompt, and score them with the judge gcpo/model.
+    # 1. Draw four edits of each prompt; the --pool, here one RRM, judges them.
     python build_sft.py --toy --principles rl/principles.jsonl --editors toy/models/editor \
-        --num_images_per_prompt 4 --pool gcpo/model --temperatures 0 --out pool
+        --num_images_per_prompt 4 --pool gcpo/model --temperatures 0 --out drawn
     # 2. Imitate the better half.
-    python related/curate.py --toy --edits pool/traces.jsonl \
+    python related/curate.py --toy --edits drawn/traces.jsonl \
         --editor toy/models/editor --out curated
     # 3. Is it better? Draw with --lora curated/lora, and ask another judge (README, stage 6).
-    # On several GPUs: torchrun --nproc-per-node=8 related/curate.py
+    # On several GPUs: torchrun --nproc-per-node=8 related/curate.py ...
 
     reads   --edits: rows {id, source, instruction, edit} and a score: the mean `score` of the row's
-            `traces` (build_sft.py) or, without traces, `O`, the overall score of evaluate.py judge
+            `traces`, the judge's replies (build_sft.py), or else `O`, the overall score of
+            `evaluate.py judge`
     writes  out/lora (pipe.load_lora_weights loads it), out/chosen.jsonl (the rows that are trained
             on), out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
@@ -53,8 +54,8 @@ Differences from the paper, which says little of this experiment:
        a second one.
     3. FLUX.1-Kontext was distilled to predict a guided velocity. Its guidance input stays at 2.5,
        but it is trained towards noise - x0, which is not guided.
-    4. Qwen-Image-Edit is trained on its pass with the instruction alone. CFG, with which it is
-       used, has a second pass without; the LoRA changes that one too, but nothing trains it.
+    4. Qwen-Image-Edit is trained with the instruction only. When it draws, CFG adds a pass with an
+       empty instruction. The LoRA changes that pass, too, although nothing trains it.
 
 Metrics: loss; grad_norm, before clipping to 1; eval_loss, always on the best half of the held-out
 edits by the same scores, so that runs with another --keep, --select or --per_prompt can be
@@ -152,10 +153,10 @@ def edit_score(row):
 
 
 def choose_edits(rows, keep, select, per_prompt, seed):
-    """The share `keep` of the scored rows, or of those of each prompt, in their old order.
+    """The best (or a random) share of the scored rows, of all or of each prompt, in file order.
 
-    Rows without a score are left out. Shares are rounded up. Equal scores are ordered at random, so
-    that no prompt gains by its place in the file.
+    The number of kept rows is rounded up. Equal scores are ordered at random, so that no prompt
+    gains by its place in the file.
     """
     rng = random.Random(seed)
     groups = {}
@@ -164,12 +165,14 @@ def choose_edits(rows, keep, select, per_prompt, seed):
         if score is None:
             continue
         group_key = (row["source"], row["instruction"]) if per_prompt else "all prompts"
-        rank_score = score if select == "top" else 0    # a random choice: all edits are equal
+        # A random choice: all scores are equal, and the random number decides.
+        rank_score = score if select == "top" else 0
         groups.setdefault(group_key, []).append((rank_score, rng.random(), i))
     chosen = []
     for group in groups.values():
         group.sort(reverse=True)
-        num_kept = math.ceil(round(keep * len(group), 6))       # 0.07 * 100 is 7.000000000000001
+        # 0.07 * 100 is 7.000000000000001, but 7 rows are meant.
+        num_kept = max(1, math.ceil(round(keep * len(group), 6)))
         chosen.extend(i for _, _, i in group[:num_kept])
     return [rows[i] for i in sorted(chosen)]
 
@@ -191,13 +194,14 @@ def encode_edits(editor, rows, args):
     editor.text_encoder.to(editor.pipe.transformer.device)
     examples = []
     for row in rows:
-        source = open_image(args.edits, row, "source", max_pixels=FULL_SIZE)
-        source = resize_to_area(source, args.resolution)
+        full_source = open_image(args.edits, row, "source", max_pixels=FULL_SIZE)
+        source = resize_to_area(full_source, args.resolution)
+        # An edit of another shape is cropped, and then resized as the source is: they stay aligned.
         edit = open_image(args.edits, row, "edit", max_pixels=FULL_SIZE)
-        edit = ImageOps.fit(edit, source.size, Image.LANCZOS)   # cropped if the shape differs
+        edit = ImageOps.fit(edit, full_source.size, Image.LANCZOS)
+        edit = edit.resize(source.size, Image.LANCZOS)
         cond = editor.encode(source, row["instruction"])
-        # encode() takes its image for a source, and encodes the instruction again, which costs a
-        # pass of the text encoder. Of the edit, only the latents are needed.
+        # encode() treats the edit as a source and encodes the text again, which is not needed.
         x0 = editor.encode(edit, row["instruction"]).image_latents
         examples.append(Example(x0, cond))
     editor.text_encoder.to("cpu")
@@ -210,7 +214,8 @@ def draw_noise_levels(editor, x0, num_levels, seed_key):
     sigmas = get_sigmas(editor.pipe.scheduler, x0.shape[1], NUM_SIGMAS).cpu()
     # One from each of K equal parts of the schedule: with K > 1 an edit sees high and low noise.
     places = (torch.arange(num_levels) + torch.rand(num_levels, generator=generator)) / num_levels
-    indices = (places * NUM_SIGMAS).long().clamp(max=NUM_SIGMAS - 1)    # never the final 0
+    # Rounding can make a place 1.0, whose sigma would be the final 0.
+    indices = (places * NUM_SIGMAS).long().clamp(max=NUM_SIGMAS - 1)
     noise = torch.randn((num_levels, *x0.shape[1:]), generator=generator)
     return sigmas[indices].to(x0), noise.to(x0)
 
@@ -273,7 +278,7 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    # 1 switches Qwen-Image-Edit's CFG off. FLUX.1-Kontext has an input for its guidance.
+    # 1 switches Qwen-Image-Edit's CFG off. FLUX.1-Kontext has an input for its guidance, 2.5.
     guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else 2.5
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
@@ -288,8 +293,8 @@ def main():
                      for row in train_rows])
 
     for step in range(run.start_step, args.steps + 1):
-        # ---- 2. At first, every --eval_every steps and at the end: save, then evaluate, so that a
-        # run that dies while it evaluates begins with that again.
+        # ---- 2. At the start, every --eval_every steps and at the end: save, then evaluate. A run
+        # that dies while it evaluates resumes with the evaluation.
         if step % args.eval_every == 0 or step == args.steps:
             if rank == 0:                           # the LoRA is the same on all ranks
                 save_lora(pipe, run.out / "lora", args.lora_rank)
@@ -304,8 +309,8 @@ def main():
         examples = encode_edits(editor, rows, args)
 
         # ---- 4. Flow matching on each of them.
-        # Zeros and not None: all_reduce needs a tensor for every parameter, and no loss depends on
-        # the last block's text layers.
+        # Zeros and not None: all_reduce needs a gradient of every parameter, and in Qwen's last
+        # block no loss depends on the layers that only produce text.
         for param in params:
             param.grad = torch.zeros_like(param)
         local_loss = 0.0

@@ -24,10 +24,10 @@ model. The difference a_c - a_r is m + s x, with x ~ N(0, 1); E is the expectati
     sigma    = exp(clip(log sigma, -5, 1))                                        EditReward
     overall  : mu = mean of the mu_d,  sigma^2 = (sum of the sigma_d^2) / D^2     add_overall
     m        = mu_c - mu_r,  s^2 = sigma_c^2 + sigma_r^2                          pair_loss
-    P(c > r) = E sigmoid(m + s x)                                                 log_preference
+    P(c > r) = E sigmoid(m + s x),  P(r > c) = E sigmoid(-m + s x)                log_preference
     loss     = - y log P(c > r) - (1 - y) log P(r > c), summed over the labels    pair_loss
 
-A pair has a label y for the overall score and for each dimension:
+A pair has a label y, the probability that c is better, overall and in each dimension:
 
     overall           a row of --pairs                          1
                       a row of --ties that --tie_rule admits    1/2
@@ -36,9 +36,9 @@ A pair has a label y for the overall score and for each dimension:
                       it says "rejected"                        0
                       it says "same", or there is none          NaN, no loss
 
-With --labels overall those of the dimensions have no loss, and are used for the accuracies alone.
-Then, and if the rows have none, only the mean of the dimensions is trained: a head need not come to
-mean what its name says.
+"Same" teaches nothing: people did not say that the two are equal, but that they saw no difference.
+With --labels overall the labels of the dimensions serve the accuracies only. Then, or if the rows
+have none, only the mean of the heads is trained, and no head need mean what its name says.
 
 Three losses, --loss:
     exact          -log P, as the paper writes it. A pair that is ranked wrong pulls s up, one that
@@ -47,8 +47,8 @@ Three losses, --loss:
                    least -log P, and it grows with s at every m: s falls, whatever the data.
     bradley_terry  -log sigmoid(m), with s = 0. log sigma is not trained: ignore the metric sigma.
 
-A worked number: a wrong pair with m = -2. With s = 1, P = .155 and -log P = 1.86; with s = 4,
-P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it costs more.
+A worked number: a wrong pair with m = -2. With s = 1, P = .155 and -log P = 1.86; with s = 3,
+P = .283 and -log P = 1.26: a wider s costs less. The bound is 2.18 and 2.62: it costs more.
 
     python related/train_editreward.py --toy --pairs preferences.jsonl --ties ties.jsonl \
         --model toy/models/direct --bench reward_bench/preferences.jsonl --out editreward
@@ -57,7 +57,7 @@ P = .324 and -log P = 1.13: a wider s costs less. The bound is 2.18 and 2.93: it
     reads   rows {"id": "7/0", "source": "7.png", "instruction": "remove the dog", "chosen":
             "7a.png", "rejected": "7b.png", "follow": "chosen", "quality": "same"}, where follow and
             quality are optional; in --ties, chosen and rejected only mean first and second;
-            a Qwen2.5-VL or Qwen3-VL, or out/model of an earlier run (a folder, not a hub id)
+            a Qwen2.5-VL or Qwen3-VL (folder or hub id), or out/model of an earlier run (folder)
     writes  out/model (the VLM, and heads.safetensors), out/scores.jsonl of the pairs of --bench,
             out/metrics.jsonl, out/config.json, out/checkpoint.pt (for --resume)
 
@@ -69,10 +69,10 @@ Differences from the paper and its released code:
     4. By default each dimension is trained on its own label, too. The code has no such labels: it
        trains the overall score alone, as --labels overall does.
     5. The paper writes a tied pair twice, once in each order, if each edit wins in one dimension.
-       --tie_rule opposed gives such a pair y = 1/2, the mean of the two copies' losses. The code
-       has no rule for ties.
+       --tie_rule opposed gives such a pair y = 1/2: its loss is the mean of the copies' losses.
+       The code has no rule for ties.
     6. E is Gauss-Hermite quadrature with 64 nodes here. The code draws 1,000 x. Clipping log sigma
-       is ours: it keeps s below sqrt(2) e = 3.85, where 64 nodes give P to four digits.
+       is ours: s is at most sqrt(2) e = 3.84, where 64 nodes give P to four digits.
 
 Metrics: loss and eval_loss (not comparable between values of --loss or --labels); accuracy,
 follow_accuracy and quality_accuracy, each over the evaluation pairs whose label there is 0 or 1
@@ -190,7 +190,8 @@ def log_preference(m, s, loss_type):
     """log P(c > r), or what --loss puts in its place: m, s (...) -> (...)."""
     if loss_type == "bradley_terry":
         return logsigmoid(m)
-    # E f(x) is about the sum of w_k f(x_k). Logs are taken in fp64: the outer w_k are 0 in fp32.
+    # For x ~ N(0, 1), E f(x) is about the sum over k of w_k f(x_k), where the w_k sum to 1. Their
+    # logs are taken in fp64: the outer w_k are 0 in fp32.
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     x = m.new_tensor(nodes)                                                 # (64,)
     log_w = m.new_tensor(np.log(weights / weights.sum()))                   # (64,)
@@ -235,8 +236,8 @@ def learning_rate(step, num_steps, peak):
 class EditReward(nn.Module):
     """A VLM, the embedding of one appended token, and a head for each dimension.
 
-    The appended token has the id of the end token, so that the VLM inserts the images and computes
-    the positions as usual. A hook then replaces the embedding at that position.
+    The VLM finds the images and the positions by the ids of the tokens, and so the appended token
+    has an ordinary id, that of the end token. A hook then replaces its embedding.
     """
 
     def __init__(self, vlm, end_token_id):
@@ -259,14 +260,14 @@ class EditReward(nn.Module):
         return torch.cat([embedded[:, :-1], reward], dim=1)
 
     def forward(self, inputs):
-        """Mean and standard deviation of each score of R edits: (R, D) each, in fp32."""
+        """Mean and standard deviation of each score of R = 2 B edits: (R, D) each, in fp32."""
         device_type = self.vlm.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             outputs = self.vlm.model(**inputs, use_cache=False)
         state = outputs.last_hidden_state[:, -1].float()                    # (R, H)
         predictions = torch.stack([self.heads[name](state) for name in DIMENSIONS], 1)
         mu, log_sigma = predictions.unbind(-1)                              # (R, D) each
-        # A log sigma outside the limits gets no gradient. It moves only with those of other edits.
+        # A log sigma outside the limits gets no gradient; it moves only with the shared weights.
         return mu, log_sigma.clamp(-5, 1).exp()
 
 
@@ -348,7 +349,7 @@ def trained_labels(labels, args):
 
 
 def load_labeled_pairs(path, args, rank, world_size, is_tie=False):
-    """Read a file of pairs, give each row its `labels` and `file`, and drop what has no loss."""
+    """Read a file of pairs, give each row its `labels` and `file`, and drop ties without a loss."""
     rows = load_jsonl(path, ["source", "instruction", "chosen", "rejected"],
                       "It holds pairs of edits.")
     check_images(path, rows, ["source", "chosen", "rejected"], rank, world_size)
@@ -452,7 +453,8 @@ def check_pair_sizes(train_rows, eval_rows, bench_rows, args, world_size):
         raise SystemExit(f"--batch_size {args.batch_size} must be a multiple of the {world_size} "
                          f"ranks and at most the {len(train_rows)} pairs that --num_eval leaves.")
     for flag, rows in (("num_eval", eval_rows), ("bench", bench_rows)):
-        # FSDP gathers the weights in a forward pass, and all ranks must take part in it.
+        # FSDP gathers the weights in the first forward pass, in which all ranks must take part.
+        # They stay gathered, so that a rank may have more passes than another.
         if 0 < len(rows) < world_size:
             raise SystemExit(f"--{flag} must have no pairs, or at least one for each of the "
                              f"{world_size} ranks.")
@@ -495,7 +497,8 @@ def main():
 
     # The VLM stays in eval mode: it has no dropout to turn on.
     for step in range(run.start_step, num_steps):
-        # ---- 2. Every --eval_every steps: save, then evaluate.
+        # ---- 2. Every --eval_every steps: save, then evaluate. A run that dies while it evaluates
+        # resumes with the evaluation.
         if step % args.eval_every == 0:
             save_checkpoint(run, step, model, optimizer, rank)
             evaluate(model, processor, eval_rows, step, run, rank, world_size, args)

@@ -1,9 +1,10 @@
 """DiffusionNFT: train an image editor on its own edits, good and bad, without an SDE.
 
 DiffusionNFT (arXiv 2509.16117) trained the editors of UniWorld-V2 (arXiv 2510.16888). This script
-stands beside train_flow_grpo.py and differs only where the method differs. Flow-GRPO rewards the
-random steps of the sampler. NFT rewards finished edits: it adds fresh noise to an edit, as in
-pretraining, and moves the velocity there towards a good edit and away from a bad one.
+stands beside train_flow_grpo.py and differs only where the method differs. Both score finished
+edits. Flow-GRPO then makes the sampler's random steps that led to a good edit more likely. NFT does
+not ask how an edit was drawn: it adds fresh noise to it, as in pretraining, and moves the velocity
+there towards a good edit and away from a bad one.
 
     policy     the editor with its LoRA: it turns noise into an edit by solving an ODE
     old        a second LoRA, a copy that lags behind the trained one; it draws the edits
@@ -41,27 +42,31 @@ else, the weight of the distance to the editor without a LoRA):
     l±     = mean error±^2 / w±                                                    nft_loss
     rho    = (1 + clip(A, -c, c) / c) / 2, from 0 to 1                             nft_loss
     loss   = (c / b) (rho l+ + (1 - rho) l-) + --beta mean (v - v_ref)^2           nft_terms
-    old    = eta old + (1 - eta) trained,  eta = min(.001 i, .5) after i updates   follow
+    old    = eta old + (1 - eta) trained, once a training step; eta = min(.001 i,
+             .5) after i mini-batches                                              follow
 
 Means are over the S x C numbers of an edit.
 
 What an update does. The old LoRA stays close behind the trained one, and so v is near v_old. There
-both errors are t (u - v_old), and apart from the --beta term the gradient of the loss is
-clip(A, -c, c) times the gradient of l = t^2 mean (u - v)^2 / w. That is flow matching on x0,
-weighted by A: the editor imitates an edit with A > 0 and moves away from one with A < 0.
+both errors are t (u - v_old). v+ moves b times as far as v, and v- as far the other way. So, apart
+from the --beta term, the gradient of the loss is (c / b) b (rho - (1 - rho)) = clip(A, -c, c) times
+that of l = t^2 mean (u - v)^2 / w. This is flow matching on x0, weighted by A: the editor imitates
+an edit with A > 0 and moves away from one with A < 0.
 
-What many updates on one edit alone would do, with v_old fixed. If w were constant, v would stop at
-v_old + (clip(A, -c, c) / (c b)) (u - v_old). But error^2 / w pulls as hard near the end as far from
-it, as an L1 loss does, and so v goes on to v_old + (sign(A) / b) (u - v_old). So for one edit only
-the sign of A counts; among several, A says how much each weighs.
+Why there are two errors. Flow matching with a negative weight has no minimum: v would run away. But
+l+ and l- are never below 0, and so v stops. If one edit were trained alone, with v_old fixed and a
+constant w, it would stop at v_old + (clip(A, -c, c) / (c b)) (u - v_old). As w shrinks with the
+error, each of the two pulls as hard near its end as far from it, as in an L1 loss. So the heavier
+one wins: v goes on to v_old + (sign(A) / b) (u - v_old), where v+ = u (A > 0) or v- = u (A < 0).
+For one edit only the sign of A counts; among several, A says how much each weighs.
 
 A worked number: four edits score 8, 6, 4 and NaN, and the std of all scores of the step is 2. Then
 A = 1, 0, -1 and NaN, and rho = 0.6, 0.5 and 0.4.
 
 Three rewards, --reward_type:
     verdict     a VLM trained by train_gcpo.py describes both images, answers each principle with 0
-                or 1, and writes a score from 0 to 10; the most likely text is taken
-    expected    that text, but the expected score under the probabilities of the score's first digit
+                or 1, and writes a score from 0 to 10 (greedy decoding)
+    expected    that verdict, but the expected score under the probabilities of its first digit
     direct      UniWorld-V2's: an untrained VLM rates the edit with one digit from 0 to 5, without
                 reasoning; the reward is twice the expected digit. There is always one, even if the
                 VLM would rather write something else
@@ -291,13 +296,13 @@ def add_loras(model, layer_names, lora_rank):
 
 
 @torch.no_grad()
-def follow(model, num_updates):
-    """Move the old LoRA to the trained one.
+def follow(model, num_minibatches):
+    """Move the old LoRA to the trained one, after num_minibatches in all.
 
-    num_updates: the mini-batches so far, including those of which nothing was kept. A and B are
-    interpolated one by one, as in UniWorld-V2's code, and so B(A(h)) is not interpolated linearly.
+    A and B are interpolated one by one, as in UniWorld-V2's code, and so B(A(h)) is not
+    interpolated linearly.
     """
-    eta = min(0.001 * num_updates, 0.5)
+    eta = min(0.001 * num_minibatches, 0.5)
     for layer in model.modules():
         if hasattr(layer, "old_A"):
             layer.old_A.lerp_(layer.lora_A.weight, 1 - eta)
@@ -305,6 +310,8 @@ def follow(model, num_updates):
 
 
 # ------------------------------------------------------------ the reward
+#
+# score_edits is that of train_flow_grpo.py, letter for letter.
 
 def score_edits(reward_model, prompts, images, group_size, args):
     """The score of the reward model's greedy verdict on every image: (P, G), NaN if unparsed."""
@@ -329,7 +336,7 @@ def score_edits(reward_model, prompts, images, group_size, args):
 
 
 def chats_of_edits(prompts, images, group_size, chat_of):
-    """Yield batches (prompts, chats), with one of each for every image."""
+    """Yield (prompts, chats) for each batch of images: a prompt and a chat for every image."""
     prompt_of_image = [prompt for prompt in prompts for _ in range(group_size)]
     for start in range(0, len(images), REWARD_BATCH_SIZE):
         batch = slice(start, start + REWARD_BATCH_SIZE)
@@ -370,7 +377,7 @@ def text_before_score(text):
 
 
 def score_edits_expected(reward_model, prompts, images, group_size, args):
-    """Like score_edits, but the mean over the first digits that the score could begin with.
+    """Like score_edits, but the mean over the possible first digits, by their probabilities.
 
     The reasoning and the answers are those of the greedy verdict. This is an approximation: a digit
     counts for the middle of the scores that begin with it (a 7 for 7.5). 1 begins both 1.5 and 10:
@@ -472,7 +479,7 @@ def solve_ode(editor, cond, x, args):
 
 @dataclass
 class NoisedEdits:
-    """B edits of one prompt, each with noise at a level of its own."""
+    """B noised edits of one prompt. An edit is here up to K times, at other noise levels."""
     x0: torch.Tensor                    # (B, S, C): the edit
     x_t: torch.Tensor                   # (B, S, C): the edit with noise
     t: torch.Tensor                     # (B,): the noise level
@@ -487,15 +494,16 @@ def noise_edits(editor, prompt, latents, advantages, step, args):
     """
     sigmas = get_sigmas(editor.pipe.scheduler, latents.shape[1], args.num_inference_steps).cpu()
     kept = (~advantages.isnan()).nonzero().flatten().tolist()
-    noised = []                                             # (g, t, noise) of every term
+    terms = []                                              # of the loss: (g, t, noise)
     for g in kept:
         seed = derive_seed("train", args.seed, step, prompt.row["id"], g)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(args.num_inference_steps, generator=generator)   # without sigma = 0
+        # The last sigma, 0, is left out.
+        order = torch.randperm(args.num_inference_steps, generator=generator)
         for t in sigmas[order[:args.num_train_sigmas]]:
-            noised.append((g, t, torch.randn(latents.shape[1:], generator=generator)))
-    for start in range(0, len(noised), args.micro_batch_size):
-        edit_indices, levels, noises = zip(*noised[start:start + args.micro_batch_size])
+            terms.append((g, t, torch.randn(latents.shape[1:], generator=generator)))
+    for start in range(0, len(terms), args.micro_batch_size):
+        edit_indices, levels, noises = zip(*terms[start:start + args.micro_batch_size])
         edit_indices = list(edit_indices)
         x0 = latents[edit_indices]
         t = torch.stack(levels).to(x0)
@@ -504,19 +512,19 @@ def noise_edits(editor, prompt, latents, advantages, step, args):
         yield NoisedEdits(x0, x_t, t, advantages[edit_indices].to(x0))
 
 
-def nft_terms(editor, cond, edits, args):
-    """Loss, change and distance of B noised edits: (B,) each. Without --beta distance is NaN."""
+def nft_terms(editor, cond, noised, args):
+    """Loss, change and distance of B noised edits: (B,) each. With --beta 0 distance is NaN."""
     transformer = editor.pipe.transformer
     with torch.no_grad():
         transformer.active_lora = "old"
-        v_old = editor.predict_velocity(edits.x_t, edits.t, cond)
+        v_old = editor.predict_velocity(noised.x_t, noised.t, cond)
         if args.beta > 0:
             transformer.active_lora = None
-            v_ref = editor.predict_velocity(edits.x_t, edits.t, cond)
+            v_ref = editor.predict_velocity(noised.x_t, noised.t, cond)
     # It stays "trained": gradient checkpointing repeats this forward pass during backward().
     transformer.active_lora = "trained"
-    v = editor.predict_velocity(edits.x_t, edits.t, cond)
-    loss = nft_loss(v, v_old, edits.x_t, edits.x0, edits.t, edits.advantage)
+    v = editor.predict_velocity(noised.x_t, noised.t, cond)
+    loss = nft_loss(v, v_old, noised.x_t, noised.x0, noised.t, noised.advantage)
     change = (v - v_old).square().mean((1, 2))
     distance = torch.full_like(change, math.nan)
     if args.beta > 0:
@@ -536,8 +544,8 @@ def update_lora_nft(editor, params, optimizer, prompts, latents, advantages, ste
         for param in params:
             param.grad = torch.zeros_like(param)    # not None: all ranks join the all_reduce
         for p in prompt_indices:
-            for edits in noise_edits(editor, prompts[p], latents[p], advantages[p], step, args):
-                loss, change, distance = nft_terms(editor, prompts[p].cond, edits, args)
+            for noised in noise_edits(editor, prompts[p], latents[p], advantages[p], step, args):
+                loss, change, distance = nft_terms(editor, prompts[p].cond, noised, args)
                 (loss.sum() / num_terms).backward()
                 changes.extend(change.tolist())
                 distances.extend(distance.tolist())
@@ -617,7 +625,7 @@ def main():
     pipe = load_editor(args.editor, device)
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
-    # 1 switches Qwen-Image-Edit's CFG off. FLUX.1-Kontext has an input for its guidance.
+    # 1 switches Qwen-Image-Edit's CFG off. FLUX.1-Kontext has an input for its guidance, 2.5.
     guidance_scale = 1.0 if "Qwen" in type(pipe).__name__ else 2.5
     editor = EDITORS[type(pipe).__name__](pipe, guidance_scale)
     reward_model = VLM(args.reward, served_model="", device=device)     # "": a server's only model
@@ -649,7 +657,7 @@ def main():
         prompts = encode_prompts(editor, rows, args)
         images, latents = draw_edits(editor, prompts, args.group_size, "old", step, args)
 
-        # ---- 3. Rewards and advantages; groups that teach nothing are dropped.
+        # ---- 3. Rewards and advantages; groups that teach little are dropped.
         rewards = score_images(reward_model, prompts, images, args.group_size, args)        # (P, G)
         all_rewards = torch.tensor(all_gather_lists(rewards.tolist()))      # of all ranks
         if all_rewards.isnan().all():

@@ -3,7 +3,7 @@
     python related/compare.py --run runs/toy      # what toy/run.sh wrote; two jobs at a time
     python related/compare.py                     # only the tables, from the CSVs
 
-(a) Judges. Each scores both edits of every held-out pair, and the editor's own four edits of 240
+(a) Judges. Each scores both edits of every held-out pair, and the editor's own four edits of 100
     prompts. From the first come accuracies: of the overall choice, and of who follows better and
     who looks better. From the second comes the correlation of the score with the oracle's O within
     the edits of a prompt, which is what a reward needs. EditReward is trained on the pairs on which
@@ -151,6 +151,7 @@ JUDGES = {
     "editreward_bound": Judge(TRAINED, editreward_scores, True, ["--loss", "bound"]),
     "editreward_bt": Judge(TRAINED, editreward_scores, True, ["--loss", "bradley_terry"]),
     "editreward_overall": Judge(TRAINED, editreward_scores, True, ["--labels", "overall"]),
+    "editreward_tie_labels": Judge(TRAINED, editreward_scores, True, [*TIES, "none"]),
     "editreward_opposed": Judge(TRAINED, editreward_scores, True, [*TIES, "opposed"]),
     "editreward_all_ties": Judge(TRAINED, editreward_scores, True, [*TIES, "all"])}
 
@@ -418,8 +419,9 @@ def editor_line(run, name, seed):
     return dict(editor=name, seed=seed) | means | dict(train_seconds=seconds)
 
 
-PICTURED = dict(flow_rl=("Flow-GRPO", summary.BLUE), nft_rl=("NFT", summary.ORANGE),
-                curate_rl=("curation", "#2ca02c"), curate_twice_rl=("twice", "#98df8a"))
+# The curves of the picture: a color, and the rows on the curve.
+PICTURED = {"Flow-GRPO": (summary.BLUE, ["flow_rl"]), "NFT": (summary.ORANGE, ["nft_rl"]),
+            "curation, once and twice": ("#2ca02c", ["curate_rl", "curate_twice_rl"])}
 
 
 # ---------------------------------------------------------------- (c) the differences
@@ -437,8 +439,9 @@ COMPARED_JUDGES = [
     ("direct_expected", "editreward"), ("direct_expected", "rl_greedy"),
     ("editreward", "rl_greedy"), ("editreward_bt", "editreward"),
     ("editreward_bound", "editreward"),
-    ("editreward_overall", "editreward"), ("editreward", "editreward_opposed"),
-    ("editreward", "editreward_all_ties")]
+    ("editreward_overall", "editreward"), ("editreward", "editreward_tie_labels"),
+    ("editreward_tie_labels", "editreward_opposed"),
+    ("editreward_tie_labels", "editreward_all_ties")]
 
 
 def difference_line(kind, a, b, rows_a, rows_b, values_of):
@@ -572,12 +575,14 @@ def draw_picture(lines, path):
     """O before and after each training with the RL-RRM, over the CPU seconds that it took."""
     before = next(line["O"] for line in lines if line["editor"] == "before")
     curves = {}
-    for name, (label, color) in PICTURED.items():
-        runs = [line for line in lines if line["editor"] == name]
-        if runs:
-            seconds = sum(line["train_seconds"] for line in runs) / len(runs)
-            after = sum(line["O"] for line in runs) / len(runs)
-            curves[label] = color, [(0, before), (round(seconds), after)]
+    for label, (color, names) in PICTURED.items():
+        points = [(0, before)]
+        for name in names:
+            runs = [line for line in lines if line["editor"] == name]
+            if runs:
+                seconds = sum(line["train_seconds"] for line in runs) / len(runs)
+                points.append((round(seconds), sum(line["O"] for line in runs) / len(runs)))
+        curves[label] = color, points
     summary.line_chart("O over CPU seconds of training", curves).save(path)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"          # the models are tiny: a second thread only waits
@@ -150,8 +151,14 @@ def run_script(name, *flags, ranks=1, check=True, timeout=600):
 def run_command(name, *flags, ranks=1, timeout=3600):
     """`python name flags`, or torchrun, as one types it. It may be called in a thread; run_script may not."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run([sys.executable, *(launcher if ranks > 1 else []), str(ROOT / name), *map(str, flags)],
-                   cwd=ROOT, check=True, timeout=timeout)
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / name), *map(str, flags)]
+    with subprocess.Popen(command, cwd=ROOT) as run:
+        late = Timer(timeout, run.terminate)    # a timeout of wait() would sleep, and a test replaces time.sleep
+        late.daemon = True
+        late.start()
+        code = run.wait()
+        late.cancel()
+    assert code == 0, command
 
 
 def say_verdict(verdict, score):

@@ -505,7 +505,7 @@ def server(monkeypatch):
     client = evaluate.InferenceClient
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(evaluate.time, "sleep", state.waits.append)
-    monkeypatch.setattr(evaluate, "InferenceClient", lambda timeout, **more: client(timeout=1.5, **more))
+    monkeypatch.setattr(evaluate, "InferenceClient", lambda timeout, **more: client(timeout=0.7, **more))
     huggingface_hub.close_session()
     yield state
     stop()

@@ -14,7 +14,8 @@
     other ties stand in the same two tables, and differences.csv compares them.
 
 A row has --seeds runs of its last training; the RL-RRM, the SFT-RRM and the direct scorer are one
-model each. A job that is done is not done again. One that was interrupted goes on, but reports the
+model each. The row scalar_greedy needs what toy/table2.py trained, and is left out if that is not
+there. A job that is done is not done again. One that was interrupted goes on, but reports the
 seconds of its last part only. An interval is a 95 % bootstrap over sources or prompts, where the
 seeds of one prompt are drawn together.
 """
@@ -447,9 +448,11 @@ COMPARED_JUDGES = [
 def difference_line(kind, a, b, rows_a, rows_b, values_of):
     """b - a, pair by pair or prompt by prompt: rows_a and rows_b have a list for each seed.
 
-    A side with one seed is compared with every seed of the other.
+    Seeds are paired. A side with one seed is compared with every seed of the other.
     """
-    num_seeds = max(len(rows_a), len(rows_b))
+    num_seeds = min(len(rows_a), len(rows_b))
+    if num_seeds == 1:
+        num_seeds = max(len(rows_a), len(rows_b))
     line = dict(kind=kind, a=a, b=b, seeds=num_seeds)
     columns = {}
     sources = []

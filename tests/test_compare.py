@@ -81,6 +81,9 @@ def test_differences_are_paired():
 
     line = compare.difference_line("editor", "a", "b", [edits(1, 2, 3)], [edits(2, 3, 4), edits(4, 5, 6)], compare.edit_values)
     assert (line["O"], line["O_low"], line["O_high"], line["PQ"], line["seeds"]) == (2, 2, 2, 0, 2)
+    uneven = compare.difference_line("editor", "a", "b", [edits(1), edits(2)], [edits(2), edits(3), edits(99)],
+                                     compare.edit_values)
+    assert (uneven["O"], uneven["seeds"]) == (1, 2)                     # the third seed has no partner
     scattered = compare.difference_line("editor", "a", "b", [edits(0, 0, 0)], [edits(0, 3, 6)], compare.edit_values)
     assert scattered["O_low"] < scattered["O"] == 3 < scattered["O_high"]
 

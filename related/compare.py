@@ -121,6 +121,20 @@ def without_principles(reward_model, prompts, images, group_size, args):
     return train_nft.score_edits(reward_model, bare, images, group_size, args)
 
 
+def oracle_scores(reward_model, prompts, images, group_size, args):
+    """The oracle's own O: what a judge of O would have in every column. It asks no model."""
+    scenes = []
+    targets = []
+    sources = torch.stack([world.from_pil(prompt.image) for prompt in prompts])
+    for prompt, scene in zip(prompts, world.read_scenes(sources)[0].tolist()):
+        target = world.apply_instruction(scene, prompt.row["instruction"])[1]
+        scenes += [scene] * group_size
+        targets += [target] * group_size
+    pictures = torch.stack([world.from_pil(image) for image in images])
+    truths = world.oracle(pictures, scenes, targets)
+    return torch.tensor([truth["O"] for truth in truths]).view(-1, group_size)
+
+
 # ---------------------------------------------------------------- (a) the judges
 
 @dataclass
@@ -138,6 +152,7 @@ DIRECT = f"{MODELS}/direct"
 TRAINED = "compare/judges/{name}_{seed}/train/model"
 TIES = ["--ties", "TIES", "--tie_rule"]
 JUDGES = {
+    "oracle": Judge(DIRECT, oracle_scores),
     "rl_sampled": Judge(RL, sampled_scores, seeded=True),
     "rl_greedy": Judge(RL, train_nft.score_edits),
     "rl_expected": Judge(RL, train_nft.score_edits_expected),

@@ -5,14 +5,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"          # the models are tiny: a second thread only waits
@@ -148,17 +147,11 @@ def run_script(name, *flags, ranks=1, check=True, timeout=600):
     return SimpleNamespace(returncode=code, stdout=text)
 
 
-def run_command(name, *flags, ranks=1, timeout=3600):
-    """`python name flags`, or torchrun, as one types it. It may be called in a thread; run_script may not."""
+def run_command(name, *flags, ranks=1, timeout=600):
+    """`python name flags`, or torchrun, as one types it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / name), *map(str, flags)]
-    with subprocess.Popen(command, cwd=ROOT) as run:
-        late = Timer(timeout, run.terminate)    # a timeout of wait() would sleep, and a test replaces time.sleep
-        late.daemon = True
-        late.start()
-        code = run.wait()
-        late.cancel()
-    assert code == 0, command
+    subprocess.run(command, cwd=ROOT, check=True, timeout=timeout)
 
 
 def say_verdict(verdict, score):
@@ -267,10 +260,24 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def learned(request, tmp_path_factory):
-    """Future of the folder that test_learns.py reads; it is made while the other tests run."""
-    for item in request.session.items:
-        if item.path.name == "test_learns.py":
-            return ThreadPoolExecutor(1).submit(item.module.learn, tmp_path_factory.mktemp("learned"))
+    """Function that waits for the folder that test_learns.py reads; it is made while the other tests run."""
+    modules = [item.module for item in request.session.items if item.path.name == "test_learns.py"]
+    if not modules:
+        yield None
+        return
+    out = tmp_path_factory.mktemp("learned")
+    process = FORKS.Process(target=modules[0].learn, args=(out,))
+    process.start()
+
+    def wait():
+        process.join()
+        assert process.exitcode == 0, "\n".join(
+            f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in out.glob("*.log"))
+        return out
+
+    yield wait
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """toy/table2.py, table3.py and degrade.py: what is learned, spoiled, averaged and compared, from rows made by hand."""
+import json
 import random
 import re
 import subprocess
@@ -157,6 +158,25 @@ def test_principles_are_spoiled_more_and_more():
     assert 0 < places[0] < places[1] < places[2] and 0.6 < places[2] < 1
     lengths = [len(degrade.degrade(row, "dropped", 0.5, others)["principles"]) for row in rows]
     assert 0.35 < sum(lengths) / len(lengths) / len(principles) < 0.65
+
+
+def test_a_varied_trace_says_of_each_question_what_it_said_before():
+    """Half of the rows are as they were; in the others line, answer and gold move with their question."""
+    principles = [dict(question=f"Is {k} there?", category="keep") for k in range(6)]
+    lines = [f" {k} there {'yes' if k % 2 else 'no'}" for k in range(6)]
+    items = json.dumps([dict(question=p["question"], score=k % 2) for k, p in enumerate(principles)])
+    text = "Seen:" + "\n".join(lines) + f'\n{items}\n{{"average_score": 0.50}}\n<score>6.5</score>'
+    rows = [dict(id=k, principles=principles, gold=[0, 0, 1, 1, 0, 0], text=text) for k in range(200)]
+    varied = [degrade.vary(row) for row in rows]
+    assert 60 < sum(row in rows for row in varied) < 140
+    assert {len(row["principles"]) for row in varied} >= {1, 3, 6, 9}
+    for row in varied:
+        asked = [principles.index(principle) for principle in row["principles"]]
+        verdict = train_sft.parse_verdict(row["text"], len(asked))
+        assert verdict.verdict == [k % 2 for k in asked] and verdict.score == 6.5
+        assert verdict.average == pytest.approx(sum(verdict.verdict) / len(asked), abs=0.006)
+        assert row["gold"] == [int(k in (2, 3)) for k in asked]
+        assert row["text"].startswith("Seen:" + "\n".join(lines[k] for k in asked) + "\n[{")
 
 
 def test_a_contrary_is_true_where_the_question_is_false():

@@ -337,8 +337,8 @@ def test_the_shipped_vlm_answers_what_it_is_asked():
 
 def test_the_shipped_qwen_editor_edits():
     """As build_sft.py draws, without torchvision: right one time in three, and often smudged."""
-    found = draw_with("editor_qwen", 6, 120)
-    means = {k: sum(row[k] for row in found) / 120 for k in ("right", "O", "PQ")}
+    found = draw_with("editor_qwen", 6, 60)
+    means = {k: sum(row[k] for row in found) / 60 for k in ("right", "O", "PQ")}
     assert means["right"] > 0.25 and 4 < means["O"] < 7 and 7 < means["PQ"] < 9
 
 

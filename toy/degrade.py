@@ -4,10 +4,14 @@
     shuffled  it changes its place                negated   it asks for the opposite
     swapped   it is another row's
 
-each with probability p = 0 to 1. At every p the SFT-RRM and the RL-RRM judge the held-out pairs
-(greedy; how many pairs have an unreadable verdict, and the strict accuracy on the others) and the
-editor's own samples (correlation of score and oracle within the groups, as Flow-GRPO would use it).
-A scalar scorer of toy/table2.py, which never sees principles, is drawn beside them if it is there.
+each with probability p = 0 to 1. At every p some RRMs judge the held-out pairs (greedy; how many
+pairs have an unreadable verdict, and the strict accuracy on the others) and the editor's own
+samples (correlation of score and oracle within the groups, as Flow-GRPO would use it):
+
+    SFT-RRM, RL-RRM   those of toy/run.sh, whose cold start had complete lists only
+    varied RL-RRM     after a cold start in which half of the lists are cut, doubled or shuffled
+    scalar            a scalar scorer of toy/table2.py, which never sees principles, if it is there
+
 --run is what toy/run.sh wrote; what is done is not done again.
 
     python toy/degrade.py --run runs/toy       # toy/degrade.csv and toy/degrade.png; two at a time
@@ -28,11 +32,12 @@ import evaluate            # noqa: E402
 import pictures            # noqa: E402
 import summary             # noqa: E402
 import world               # noqa: E402
-from table2 import command     # noqa: E402
+from table2 import MODELS, command     # noqa: E402
 
 KINDS = ("dropped", "doubled", "shuffled", "negated", "swapped")
 SHARES = (0, 0.25, 0.5, 1)
 VERIFIERS = {"SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
+             "varied RL-RRM": ("degrade/varied/gcpo/model", pictures.GREEN),
              "scalar": ("table2/vlm_scalar_0/rl/model", pictures.GRAY)}
 NUMBERS = ("pairs unread", "accuracy of the others", "correlation")
 
@@ -73,14 +78,59 @@ def write_degraded(old, new, kind, p, fields):
     world.save_jsonl(new, rows)
 
 
-# ---------------------------------------------------------------- what follows from them
+# ---------------------------------------------------------------- a remedy
 
-def measure(run, kind, p):
-    """{judge: [share of pairs unread, strict accuracy of the others, correlation]}.
+def vary(row):
+    """A row of sft.jsonl, every second one with another list of questions.
+
+    With a question goes what the trace says of it: a line of the reasoning, and an answer.
+    """
+    rng = random.Random(f"{row['id']} varied")
+    if rng.random() < 0.5:
+        return row
+    answers_start = row["text"].rindex('[{"question"')
+    score_start = row["text"].rindex("<score>")
+    lines = row["text"][:answers_start].removeprefix("Seen:").splitlines()
+    answers = json.loads(row["text"][answers_start:].splitlines()[0])
+    assert len(lines) == len(answers) == len(row["principles"]), row["id"]
+    asked = []
+    for principle, line, answer, gold in zip(row["principles"], lines, answers, row["gold"]):
+        asked.append(principle | dict(line=line, answer=answer["score"], gold=gold))
+    p = rng.random()
+    kind = rng.choice(("dropped", "doubled", "shuffled"))
+    asked = degrade(row | dict(principles=asked), kind, p, asked)["principles"]
+
+    reasoning = "Seen:" + "".join(one["line"] + "\n" for one in asked)
+    items = json.dumps([dict(question=one["question"], score=one["answer"]) for one in asked])
+    average = sum(one["answer"] for one in asked) / len(asked)
+    return row | dict(
+        principles=[dict(question=one["question"], category=one["category"]) for one in asked],
+        gold=[one["gold"] for one in asked],
+        text=f'{reasoning}{items}\n{{"average_score": {average:.2f}}}\n{row["text"][score_start:]}')
+
+
+def train_varied(run):
+    """Stages 3 and 4 as in toy/run.sh, the cold start from lists of every length and order."""
+    out = run / "degrade/varied"
+    out.mkdir(parents=True, exist_ok=True)
+    old = run / "data/sft/sft.jsonl"
+    new = out / "sft.jsonl"
+    world.save_jsonl(new, [vary(evaluate.rebase_paths(row, ["source", "edit"], old, new))
+                           for row in world.read_jsonl(old)])
+    command(out / "log", "train_sft.py", "--toy", "--max_new_tokens", 256, "--data", new,
+            "--model", MODELS / "vlm", "--out", out / "sft", "--resume")
+    command(out / "log", "train_gcpo.py", "--toy", "--model", out / "sft/model",
+            "--pairs", run / "data/preferences/preferences.jsonl", "--out", out / "gcpo", "--resume")
+
+
+# ---------------------------------------------------------------- what follows from the faults
+
+def measure(run, kind, p, judge):
+    """[share of pairs unread, strict accuracy of the others, correlation] of one judge.
 
     Numbers are NaN where too few verdicts can be read.
     """
-    out = run / "degrade" / f"{kind}_{p}"
+    out = run / "degrade" / f"{kind}_{p}" / judge
     result = out / "found.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
@@ -89,35 +139,30 @@ def measure(run, kind, p):
                    ["source", "chosen", "rejected"])
     write_degraded(run / "trust/candidates.jsonl", out / "candidates.jsonl", kind, p,
                    ["source", "edit"])
-    models = {name: run / path for name, (path, _) in VERIFIERS.items()
-              if (name == "scalar") == (kind == "bare")}
-    correlations = correlate(out, models.values())
-    found = {}
-    for name, model in models.items():
-        command(out / "log", "evaluate.py", "reward", "--toy", "--max_new_tokens", 256,
-                "--vlm", model, "--pairs", out / "pairs.jsonl", "--out", out / name)
-        reward = json.loads((out / name / "reward.json").read_text(encoding="utf-8"))
-        unread = reward["unparsed"]
-        found[name] = [unread, math.nan, math.nan]
-        if unread < 0.9:
-            accuracy = reward["strict"] / (1 - unread)
-            found[name] = [unread, accuracy, correlations.get(str(model), math.nan)]
+    model = run / VERIFIERS[judge][0]
+    command(out / "log", "evaluate.py", "reward", "--toy", "--max_new_tokens", 256,
+            "--vlm", model, "--pairs", out / "pairs.jsonl", "--out", out)
+    reward = json.loads((out / "reward.json").read_text(encoding="utf-8"))
+    unread = reward["unparsed"]
+    found = [unread, math.nan, math.nan]
+    if unread < 0.9:
+        found = [unread, reward["strict"] / (1 - unread), correlate(out, model)]
     result.write_text(json.dumps(found), encoding="utf-8")
     print(f"{out} is done", flush=True)
     return found
 
 
-def correlate(out, models):
-    """{model: correlation of its scores with the oracle's}, of one greedy verdict on each edit."""
+def correlate(out, model):
+    """The correlation of the model's scores with the oracle's, of one greedy verdict on an edit."""
     traces = out / "traces.jsonl"
     try:
         command(out / "log", "build_sft.py", "--toy", "--temperatures", 0,
-                "--max_new_tokens", 256, "--pool", *models, "--out", out)
+                "--max_new_tokens", 256, "--pool", model, "--out", out)
     except subprocess.CalledProcessError:
         if not traces.exists() or world.read_jsonl(traces):
             raise
-        return {}                           # it ran, but no verdict of any model can be read
-    return {vlm: found["O"] for vlm, found in world.trust(traces).items()}
+        return math.nan                     # it ran, but no verdict of the model can be read
+    return world.trust(traces)[str(model)]["O"]
 
 
 def draw_degraded(lines, path):
@@ -148,17 +193,22 @@ def degraded_table(lines):
 
 def measure_all(run):
     """The lines of the CSV. At p = 0 all kinds are alike and are measured once."""
-    jobs = [("dropped", 0)] + [(kind, p) for kind in KINDS for p in SHARES if p > 0]
+    train_varied(run)
+    judges = ["SFT-RRM", "RL-RRM", "varied RL-RRM"]
+    jobs = [("dropped", 0, judge) for judge in judges]
+    jobs += [(kind, p, judge) for kind in KINDS for p in SHARES if p > 0 for judge in judges]
     if (run / VERIFIERS["scalar"][0]).exists():
-        jobs.append(("bare", 0))
+        jobs.append(("bare", 0, "scalar"))
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda job: measure(run, *job), jobs)
         done = dict(zip(jobs, results))
     lines = []
     for kind in KINDS:
         for p in SHARES:
-            measured = done[kind, p] if p > 0 else done["dropped", 0]
-            for name, numbers in (measured | done.get(("bare", 0), {})).items():
+            measured = {judge: done[kind if p > 0 else "dropped", p, judge] for judge in judges}
+            if ("bare", 0, "scalar") in done:
+                measured["scalar"] = done["bare", 0, "scalar"]
+            for name, numbers in measured.items():
                 line = dict(kind=kind, p=p, judge=name)
                 line |= {title: number for title, number in zip(NUMBERS, numbers)
                          if not math.isnan(number)}

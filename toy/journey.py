@@ -149,7 +149,8 @@ def describe_sft_row(row):
             "question itself (gold). The trace that agrees most with gold is the one to learn:\n\n"
             + markdown_table(titles, columns)
             + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM:\n\n"
-            + f"```\n{shorten(row['text'])}\n```\n")
+            + f"```\n{shorten(row['text'])}\n```\n\n"
+            + "Only the last line, the VLM's own rating from 0 to 10, is used as the score.\n")
 
 
 def describe_pair(pair):
@@ -167,7 +168,8 @@ def describe_pair(pair):
         columns.append(yes_no(truth["verdict"]) + [f"{truth['O']:.1f}"])
     return ("**3 and 4. Reward models.** A held-out pair of the instruction "
             f"*{row['instruction']}*. People prefer one of the two edits. Both reward models "
-            "write a verdict on each, and GCPO has taught the RL-RRM to rank them as people do:\n\n"
+            "write a verdict on each. The SFT-RRM ranks them the wrong way round. The RL-RRM, which "
+            "GCPO has taught, ranks them as people do:\n\n"
             + markdown_table(titles, columns))
 
 

@@ -50,6 +50,20 @@ def test_every_sampled_reply_has_its_own_seed():
     assert seeds[3:] == seeds[:3]
 
 
+def test_the_oracle_scores_the_right_edit_above_the_wrong_one(toy_rows):
+    """It reads the source and the instruction of a prompt; the right edit is perfect."""
+    folder, rows = toy_rows
+    prompts = []
+    images = []
+    for row in rows:
+        source = train_nft.open_image(folder / "x", row, "source")
+        prompts.append(SimpleNamespace(image=source, row=row))
+        images += [train_nft.open_image(folder / "x", row, side) for side in ("right", "wrong")]
+    scores = compare.oracle_scores(None, prompts, images, 2, None)
+    assert scores.shape == (24, 2)
+    assert (scores[:, 0] > 9.9).all() and (scores[:, 1] < 9).all()
+
+
 # ---------------------------------------------------------------- what is measured of a judge
 
 def test_within_group_correlation_knows_no_offset_of_a_prompt():

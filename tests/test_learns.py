@@ -81,7 +81,7 @@ def learn(out):
     It is run in a process of its own, which forks one more for every stage.
     """
     os.setpgrp()                                # so that all of them can be ended at once
-    os.nice(2)                                  # so that the other tests end with it, and not after
+    os.nice(4)                                  # so that the other tests end with it, and not after
     rows = principles_of(out, "rl", 120)
     bench = principles_of(out, "editor_bench", 120)
     held = out / "reward_bench/preferences.jsonl"

@@ -103,10 +103,11 @@ def vary(row):
     reasoning = "Seen:" + "".join(one["line"] + "\n" for one in asked)
     items = json.dumps([dict(question=one["question"], score=one["answer"]) for one in asked])
     average = sum(one["answer"] for one in asked) / len(asked)
+    score = row["text"][score_start:]
     return row | dict(
-        principles=[dict(question=one["question"], category=one["category"]) for one in asked],
+        principles=[summary.pick(one, ("question", "category")) for one in asked],
         gold=[one["gold"] for one in asked],
-        text=f'{reasoning}{items}\n{{"average_score": {average:.2f}}}\n{row["text"][score_start:]}')
+        text=f'{reasoning}{items}\n{{"average_score": {average:.2f}}}\n{score}')
 
 
 def train_varied(run):
@@ -120,7 +121,8 @@ def train_varied(run):
     command(out / "log", "train_sft.py", "--toy", "--max_new_tokens", 256, "--data", new,
             "--model", MODELS / "vlm", "--out", out / "sft", "--resume")
     command(out / "log", "train_gcpo.py", "--toy", "--model", out / "sft/model",
-            "--pairs", run / "data/preferences/preferences.jsonl", "--out", out / "gcpo", "--resume")
+            "--pairs", run / "data/preferences/preferences.jsonl",
+            "--out", out / "gcpo", "--resume")
 
 
 # ---------------------------------------------------------------- what follows from the faults

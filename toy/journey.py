@@ -168,8 +168,8 @@ def describe_pair(pair):
         columns.append(yes_no(truth["verdict"]) + [f"{truth['O']:.1f}"])
     return ("**3 and 4. Reward models.** A held-out pair of the instruction "
             f"*{row['instruction']}*. People prefer one of the two edits. Both reward models "
-            "write a verdict on each. The SFT-RRM ranks them the wrong way round. The RL-RRM, which "
-            "GCPO has taught, ranks them as people do:\n\n"
+            "write a verdict on each. The SFT-RRM ranks them the wrong way round. The RL-RRM, "
+            "which GCPO has taught, ranks them as people do:\n\n"
             + markdown_table(titles, columns))
 
 

@@ -16,8 +16,8 @@ SCRIPTS = {str(path.relative_to(ROOT)): path.read_text("utf-8")
            for folder in (".", "toy", "data", "related", "tests")
            for path in sorted((ROOT / folder).glob("*.py"))}
 PAGES = {name: (ROOT / name).read_text("utf-8")
-         for name in ("README.md", "toy/README.md", "data/README.md", "toy/run.sh", "toy/table3.sh",
-                      "toy/pretrain.sh")}
+         for name in ("README.md", "toy/README.md", "data/README.md", "related/README.md",
+                      "toy/run.sh", "toy/table3.sh", "toy/pretrain.sh")}
 READMES = [name for name in PAGES if name.endswith(".md")]
 COMMAND = re.compile(r"(?:python|torchrun)\s[^#`|]*?"
                      r"((?:(?:toy|data|related|tests)/)?\w+\.py)([^#`|]*)")

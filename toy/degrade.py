@@ -8,6 +8,7 @@ each with probability p = 0 to 1. At every p some RRMs judge the held-out pairs 
 pairs have an unreadable verdict, and the strict accuracy on the others) and the editor's own
 samples (correlation of score and oracle within the groups, as Flow-GRPO would use it):
 
+    base VLM          toy/models/vlm, which was pretrained on lists of every length
     SFT-RRM, RL-RRM   those of toy/run.sh, whose cold start had complete lists only
     varied RL-RRM     after a cold start in which half of the lists are cut, doubled or shuffled
     scalar            a scalar scorer of toy/table2.py, which never sees principles, if it is there
@@ -36,7 +37,8 @@ from table2 import MODELS, command     # noqa: E402
 
 KINDS = ("dropped", "doubled", "shuffled", "negated", "swapped")
 SHARES = (0, 0.25, 0.5, 1)
-VERIFIERS = {"SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
+VERIFIERS = {"base VLM": (ROOT / MODELS / "vlm", pictures.RED),
+             "SFT-RRM": ("sft/model", summary.ORANGE), "RL-RRM": ("gcpo/model", summary.BLUE),
              "varied RL-RRM": ("degrade/varied/gcpo/model", pictures.GREEN),
              "scalar": ("table2/vlm_scalar_0/rl/model", pictures.GRAY)}
 NUMBERS = ("pairs unread", "accuracy of the others", "correlation")
@@ -196,7 +198,7 @@ def degraded_table(lines):
 def measure_all(run):
     """The lines of the CSV. At p = 0 all kinds are alike and are measured once."""
     train_varied(run)
-    judges = ["SFT-RRM", "RL-RRM", "varied RL-RRM"]
+    judges = ["base VLM", "SFT-RRM", "RL-RRM", "varied RL-RRM"]
     jobs = [("dropped", 0, judge) for judge in judges]
     jobs += [(kind, p, judge) for kind in KINDS for p in SHARES if p > 0 for judge in judges]
     if (run / VERIFIERS["scalar"][0]).exists():

@@ -148,7 +148,8 @@ def describe_sft_row(row):
             f"teacher wrote {len(row['traces'])} traces on it, and the inspector answered every "
             "question itself (gold). The trace that agrees most with gold is the one to learn:\n\n"
             + markdown_table(titles, columns)
-            + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM:\n\n"
+            + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM. Each line has what is asked "
+            "about, what is seen, and the answer; the JSON list repeats the answers:\n\n"
             + f"```\n{shorten(row['text'])}\n```\n\n"
             + "Only the last line, the VLM's own rating from 0 to 10, is used as the score.\n")
 
@@ -167,9 +168,9 @@ def describe_pair(pair):
         titles.append(f"{name}: truth")
         columns.append(yes_no(truth["verdict"]) + [f"{truth['O']:.1f}"])
     return ("**3 and 4. Reward models.** A held-out pair of the instruction "
-            f"*{row['instruction']}*. People prefer one of the two edits. Both reward models "
-            "write a verdict on each. The SFT-RRM ranks them the wrong way round. The RL-RRM, "
-            "which GCPO has taught, ranks them as people do:\n\n"
+            f"*{row['instruction']}*. The annotators prefer one of the two edits. Both "
+            "reward models write a verdict on each. The SFT-RRM ranks them the wrong way round. "
+            "The RL-RRM, which GCPO has taught, ranks them as the annotators do:\n\n"
             + markdown_table(titles, columns))
 
 
@@ -211,7 +212,7 @@ def draw_journey(run, before, after, sft_row, pair):
         [(sft_folder / sft_row["source"], f"{sft_row['instruction']}: source"),
          (sft_folder / sft_row["edit"], "a cold-start row's edit")],
         [(pair_folder / pair.sft["source"], f"{pair.sft['instruction']}: source"),
-         (pair_folder / pair.sft["chosen"], "people prefer this edit"),
+         (pair_folder / pair.sft["chosen"], "the annotators prefer this edit"),
          (pair_folder / pair.sft["rejected"], "to this one")]]
     return summary.stack([draw_line(line) for line in lines])
 

@@ -186,12 +186,17 @@ def train_variant(run, variant, seed):
         train_flow_variant(run, variant, seed, out)
 
 
-def train_variants(run, variants, seeds):
-    """Every variant in a process of its own, because it changes the script; two at a time."""
+def measure_start(run):
+    """The SFT-RRM and the editor before, where the variants begin."""
     if not (run / "study/sft/reward/reward.json").exists():
         judge_bench(run, run / "sft/model", run / "study/sft")
     if not (run / "study/before/scores.jsonl").exists():
         draw_held_out(run, run / "study/before")
+
+
+def train_variants(run, variants, seeds):
+    """Every variant in a process of its own, because it changes the script; two at a time."""
+    measure_start(run)
 
     def start(variant, seed):
         with open(run / "study" / f"{variant}_{seed}.log", "a", encoding="utf-8") as log:
@@ -209,13 +214,18 @@ def train_variants(run, variants, seeds):
 # ---------------------------------------------------------------- the CSV and the tables
 
 def reward_columns(rows):
-    """Accuracies in % of one sampled verdict, a tie as 0 or one half, and of the mean of four."""
+    """Accuracies in % of one sampled verdict, a tie as 0 or one half, and of the mean of four.
+
+    Those of one verdict are averaged over the four.
+    """
     metrics = [evaluate.pair_metrics(row) for row in rows]
-    one_half = [evaluate.pair_metrics(row | dict(
-        chosen_score=row["chosen_scores"][0], rejected_score=row["rejected_scores"][0]))["half"]
-        for row in rows]
+    half = []
+    for row in rows:
+        for chosen, rejected in zip(row["chosen_scores"], row["rejected_scores"]):
+            draw = row | dict(chosen_score=chosen, rejected_score=rejected)
+            half.append(evaluate.pair_metrics(draw)["half"])
     return {"strict @1": 100 * sum(m["at_1"] for m in metrics) / len(rows),
-            "half @1": 100 * sum(one_half) / len(rows),
+            "half @1": 100 * sum(half) / len(half),
             "strict @4": 100 * sum(m["strict"] for m in metrics) / len(rows)}
 
 
@@ -276,13 +286,15 @@ def main():
     variants = GCPO_VARIANTS + FLOW_VARIANTS
     parser.add_argument("--run", help="What toy/run.sh wrote; without it, only the tables.")
     parser.add_argument("--seeds", type=int, default=1, help="Runs of every variant.")
-    parser.add_argument("--only", choices=variants, help="Train and measure this one, no table.")
+    parser.add_argument("--only", choices=variants, help="Train and measure this one alone.")
     parser.add_argument("--seed", type=int, default=0, help="The seed of --only.")
     parser.add_argument("--csv", default=str(ROOT / "toy/study.csv"))
     args = parser.parse_args()
     run = args.run and Path(args.run).resolve()
     if args.only:
+        measure_start(run)
         train_variant(run, args.only, args.seed)
+        print(study_tables(collect_variants(run, [args.only], args.seed + 1)))
         return
     if run:
         train_variants(run, variants, args.seeds)

@@ -59,7 +59,7 @@ def gain_text(gain, factor, digits):
 
 def table(found, half_gain):
     """The same as text. `half_gain` is what GCPO adds when a tie counts as half right."""
-    lines = ["", "Does the judge agree with people?   pairs   strict   half-credit"]
+    lines = ["", "Does it rank as the annotators do?  pairs   strict   half-credit"]
     for name, label in REWARD_MODELS.items():
         row = found["reward"][name]
         lines.append(f"    {label:28} {row['n']:8d} {row['strict']:8.3f} {row['half']:10.3f}")

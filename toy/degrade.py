@@ -199,8 +199,11 @@ def measure_all(run):
     """The lines of the CSV. At p = 0 all kinds are alike and are measured once."""
     train_varied(run)
     judges = ["base VLM", "SFT-RRM", "RL-RRM", "varied RL-RRM"]
-    jobs = [("dropped", 0, judge) for judge in judges]
-    jobs += [(kind, p, judge) for kind in KINDS for p in SHARES if p > 0 for judge in judges]
+    jobs = []
+    for judge in judges:
+        jobs.append(("dropped", 0, judge))
+        for kind in KINDS:
+            jobs += [(kind, p, judge) for p in SHARES if p > 0]
     if (run / VERIFIERS["scalar"][0]).exists():
         jobs.append(("bare", 0, "scalar"))
     with ThreadPoolExecutor(2) as pool:

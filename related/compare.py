@@ -152,7 +152,7 @@ DIRECT = f"{MODELS}/direct"
 TRAINED = "compare/judges/{name}_{seed}/train/model"
 TIES = ["--ties", "TIES", "--tie_rule"]
 JUDGES = {
-    "oracle": Judge(DIRECT, oracle_scores),
+    "oracle": Judge(DIRECT, oracle_scores),                 # its model is not asked
     "rl_sampled": Judge(RL, sampled_scores, seeded=True),
     "rl_greedy": Judge(RL, train_nft.score_edits),
     "rl_expected": Judge(RL, train_nft.score_edits_expected),

@@ -218,6 +218,8 @@ def test_a_journey_shows_the_three_edits_that_its_rules_choose(small_run, run_he
     assert "gets 2.5 (true O: 0.0)" in text and "gets 9.5 (true O: 10.0)" in text
     assert "| score, or true O | 4.0 | 8.0 | 10.0 | 6.0 | 3.0 | 0.0 |" in text
     assert "2 traces" in text and "| Is the red circle gone? | no | yes | yes |" in text
+    told = " ".join(text.split())
+    assert "The SFT-RRM does not rank them as the annotators do. The RL-RRM, which GCPO has taught, ranks" in told
     assert "<score>9.0</score>" in text and "journey.png)" in text
     with Image.open(out.with_suffix(".png")) as image:
         assert min(image.size) > 300

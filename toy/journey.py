@@ -148,14 +148,22 @@ def describe_sft_row(row):
             f"teacher wrote {len(row['traces'])} traces on it, and the inspector answered every "
             "question itself (gold). The trace that agrees most with gold is the one to learn:\n\n"
             + markdown_table(titles, columns)
-            + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM. Each line has what is asked "
-            "about, what is seen, and the answer; the JSON list repeats the answers:\n\n"
+            + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM. Each line has what is "
+            "asked about, what is seen, and the answer; the JSON list repeats the answers:\n\n"
             + f"```\n{shorten(row['text'])}\n```\n\n"
             + "Only the last line, the VLM's own rating from 0 to 10, is used as the score.\n")
 
 
+def ranks(margin):
+    """What is said of a reward model that scores the preferred edit higher by this margin."""
+    if margin > 0:
+        return "ranks them as the annotators do"
+    return "does not rank them as the annotators do"
+
+
 def describe_pair(pair):
     row = pair.sft
+    sft_margin, rl_margin, _ = pair.margins()
     questions = [principle["question"] for principle in row["principles"]] + ["score, or true O"]
     titles = ["question"]
     columns = [questions]
@@ -169,8 +177,8 @@ def describe_pair(pair):
         columns.append(yes_no(truth["verdict"]) + [f"{truth['O']:.1f}"])
     return ("**3 and 4. Reward models.** A held-out pair of the instruction "
             f"*{row['instruction']}*. The annotators prefer one of the two edits. Both "
-            "reward models write a verdict on each. The SFT-RRM ranks them the wrong way round. "
-            "The RL-RRM, which GCPO has taught, ranks them as the annotators do:\n\n"
+            f"reward models write a verdict on each. The SFT-RRM {ranks(sft_margin)}. The RL-RRM, "
+            f"which GCPO has taught, {ranks(rl_margin)}:\n\n"
             + markdown_table(titles, columns))
 
 

@@ -208,8 +208,7 @@ def parse_verdict(text, n_questions):
     Nothing is guessed or repaired, apart from Markdown. Without questions a verdict has no list and
     no average; its average is then score / 10.
     """
-    # A score inside a thought is only a draft.
-    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = drop_reasoning(text)                     # a score inside a thought is only a draft
     text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
     scores = list(re.finditer(SCORE, text))
     if not scores:
@@ -743,6 +742,14 @@ def load_jsonl(path, fields, hint):
 MAX_PIXELS = 512 * 28 * 28                  # 512 visual tokens of Qwen2.5-VL, each 28 x 28 pixels
 
 
+def shrink(image, max_pixels=MAX_PIXELS):
+    """A copy with at most max_pixels, in the same aspect ratio; it is never enlarged."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    small = image.copy()
+    small.thumbnail((image.width * scale, image.height * scale))
+    return small
+
+
 def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
     """The image row[field] of a JSONL file as RGB: upright, on white, at most max_pixels.
 
@@ -758,9 +765,7 @@ def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
             raise OSError("it has more than 8 bits per channel")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        scale = math.sqrt(max_pixels / (image.width * image.height))
-        image.thumbnail((image.width * scale, image.height * scale))        # it never enlarges
+        image = shrink(Image.alpha_composite(white, image).convert("RGB"), max_pixels)
         if max(image.size) > 200 * min(image.size):
             raise OSError("its aspect ratio is above 200, which Qwen-VL refuses")
     except Exception as error:              # Pillow raises more kinds of errors than one can list.
@@ -862,8 +867,8 @@ class VLM:
             self.url = vlm
             names = [served_model] if served_model else list_served_models(vlm)
             if len(names) != 1:
-                raise SystemExit(f"{vlm} serves {names}. Choose one of them with --served_model, "
-                                 "or serve only that one.")
+                raise SystemExit(f"{vlm} serves {names}. Serve only one model, or name one with "
+                                 "--served_model (stages 1, 2 and 6).")
             self.name = names[0]
         else:
             dtype = "auto" if device.type == "cuda" else torch.float32

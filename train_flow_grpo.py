@@ -33,9 +33,10 @@ With dt = sigma' - sigma < 0, a = --noise_level, eps = --clip_eps and D = S C la
     KL     = mean over the D dimensions of (mean - mean_ref)^2 / (2 std^2)     transition_loss
     loss   = mean of L + beta KL over all SDE steps of all edits with A != 0   update_lora
 
-A worked number: four edits score 8, 6, 4 and NaN. The mean is 6 and the standard deviation 1.63, so
-A = 1.22, 0, -1.22 and 0. A step from sigma = 0.9 to 0.8 with a = 0.7 has s = 2.1 and std = 0.66. If
-an update moves the mean by 0.01 std in every dimension, r is about exp(-0.01^2 / 2) = 0.99995.
+A worked number: four edits score 8, 6, 4 and NaN. The three numbers have the mean 6 and the
+(population) standard deviation 1.63, so A = 1.22, 0, -1.22 and 0. A step from sigma = 0.9 to 0.8
+with a = 0.7 has s = 2.1 and std = 0.66. If an update moves the mean by 0.01 std in every dimension,
+r is about exp(-0.01^2 / 2) = 0.99995.
 
     python train_flow_grpo.py --toy --prompts principles.jsonl \
         --editor toy/models/editor --reward gcpo/model --out flow
@@ -50,22 +51,25 @@ metrics.jsonl and samples/ (evaluation edits). Every rank holds the whole editor
 the prompts; the gradients of the LoRA are summed over the ranks.
 
 The early steps decide what the edit becomes, and noise that is added late stays visible as grain.
-So the W SDE steps lie in the first half; their start is drawn anew in every training step.
-Training takes six denoising steps where inference takes 28: that is enough to compare edits.
+So the W SDE steps are a window in the first half, which begins elsewhere in every training step.
+Training and its evaluations take six denoising steps, where one would draw an edit with 28: that is
+enough to compare edits.
 
 Why eps is 1e-4: log pi is a mean over D (65,536 at 512 x 512), as in Flow-GRPO's code, so r stays
 very near 1. With d = (mean - mean_old) / std and the drawn noise z, log r is mean(d z) - mean(d^2)
-/ 2, and the first part averages out. So r falls below 1 whatever the update does: in effect good
-edits are never clipped, and bad ones are pushed away only until r = 1 - eps.
+/ 2. On edits of other prompts the first part is about +- rms(d) / sqrt(D), and the second is always
+negative. It is the larger one once rms(d) is above 2 / sqrt(D) = 0.008. Such an update lowers r on
+nearly all edits: good ones are seldom clipped, and bad ones are pushed away only until r = 1 - eps.
 
-Differences from Edit-R1, which reports only G = 24 and beta = 0.04:
-    1. All other defaults are those of Flow-GRPO for Kontext, but there is no EMA of the weights.
-    2. Flow-GRPO's code leaves out |dt|: its KL is |dt| times ours, and |dt| is 0.10 to 0.14. We
-       assume that Edit-R1's beta = 0.04 is for that KL, so ours is 0.04 * 0.1 = 0.004.
+Differences from Edit-R1, which reports only G = 24, the std of the group, and beta = 0.04:
+    1. All other defaults follow Flow-GRPO's public run for Kontext, apart from four: the noise
+       level is 0.7 (there 0.9), W = 2 steps are random (there all), A is not clipped (there to
+       +-5), and there is no EMA of the weights.
+    2. The KL of Flow-GRPO's code is |dt| times ours, and |dt| is 0.10 to 0.14. We assume that
+       Edit-R1's beta = 0.04 is for that KL, so ours is 0.04 * 0.1 = 0.004.
     3. All edits of a training step share one window of SDE steps, so none is noisier than others.
     4. A verdict that cannot be parsed is left out of its group. Edits with A = 0 are skipped: no
-       passes, no KL, and no place in the mean of the loss. A is not clipped.
-train_gcpo.py ends its docstring with a table of where the two scripts differ on purpose.
+       passes, no KL, and no place in the mean of the loss.
 
 Metrics             the toy's    what is healthy
 reward              3.9 -> 5.9   rises; so does eval_reward (4.6 -> 5.9; without SDE, fixed noise)
@@ -73,7 +77,7 @@ reward_std          2.6 -> 2.9   within groups; falls when most edits are right
 frac_reward_zero_std   0 - .25   groups without a gradient; stays low
 parse_rate                   1   share of verdicts that can be parsed
 kl                   0 -> .007   distance from the base editor; grows slowly
-max_ratio_deviation          0   |r - 1| before the first update; near eps it would be a bug
+max_ratio_deviation          0   |r - 1| before the update of each step; near eps it is a bug
 clip_fraction            < .27   share of r outside 1 +- eps
 grad_norm          .005 - .020   of the last mini-batch, before clipping to 1
 
@@ -234,8 +238,7 @@ def parse_verdict(text, n_questions):
     Nothing is guessed or repaired, apart from Markdown. Without questions a verdict has no list and
     no average; its average is then score / 10.
     """
-    # A score inside a thought is only a draft.
-    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = drop_reasoning(text)                     # a score inside a thought is only a draft
     text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
     scores = list(re.finditer(SCORE, text))
     if not scores:
@@ -277,8 +280,8 @@ def sde_step(x, velocity, sigma, sigma_next, noise_level, noise=None, x_next=Non
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
 
-    # Another sampler replaces the lines to `std`. The drift that is added to the ODE's x + v dt
-    # makes up for the noise: for small steps, x' has the marginal distribution of the ODE.
+    # Another sampler replaces the lines from `dt` to `std`. The drift that is added to the ODE's
+    # x + v dt makes up for the noise: for small steps, x' has the ODE's marginal distribution.
     dt = sigma_next - sigma                                                 # < 0
     # At sigma = 1 the 1 - sigma under the root becomes 1 - sigma_next, as in Flow-GRPO's code.
     safe_sigma = torch.where(sigma == 1, sigma_next, sigma)
@@ -301,7 +304,7 @@ def group_advantages(rewards, eps=1e-4):
     advantages = torch.zeros_like(rewards)
     for p, group in enumerate(rewards):
         parsed = ~group.isnan()
-        if len(group[parsed].unique()) > 1:     # Rounding could give equal rewards an A above 0.
+        if len(group[parsed].unique()) > 1:     # else A = 0; a rounded mean would give noise
             mean = group.nansum() / parsed.sum()
             centered = torch.where(parsed, group - mean, 0)
             std = (centered.square().sum() / parsed.sum()).sqrt()
@@ -624,7 +627,8 @@ def score_edits(reward_model, prompts, images, group_size, args):
         chats = []
         for prompt, image in zip(prompt_of_image[batch], images[batch]):
             chats.append(verdict_chat(
-                prompt.image, image, prompt.row["instruction"], prompt.row["principles"]))
+                shrink(prompt.image), shrink(image), prompt.row["instruction"],
+                prompt.row["principles"]))
         replies = reward_model.generate(chats, args.max_new_tokens)
         for prompt, reply in zip(prompt_of_image[batch], replies):
             verdict = parse_verdict(reply.text, len(prompt.row["principles"]))
@@ -637,7 +641,7 @@ def score_edits(reward_model, prompts, images, group_size, args):
 
 
 def transition_loss(editor, transition, advantage, args):
-    """Loss, ratio and KL of the edits whose advantage (B,) is not 0: (K,) each, K <= B.
+    """Loss, ratio and KL of the K edits whose advantage (B,) is not 0: (K,) each.
 
     On a GPU, a batch of fewer edits than in the rollout may round differently in bf16, so the first
     ratios may differ from 1 a little.
@@ -659,7 +663,7 @@ def transition_loss(editor, transition, advantage, args):
         transformer.lora_enabled = False
         with torch.no_grad():
             v_ref = editor.predict_velocity(x, sigma, transition.prompt.cond)
-        # On again before backward(): checkpointing then repeats the policy's forward pass.
+        # On again before backward(), which repeats the policy's forward pass (checkpointing).
         transformer.lora_enabled = True
         _, _, mean_ref, _ = sde_step(x, v_ref, sigma, sigma_next, args.noise_level, x_next=x_next)
     kl = ((mean - mean_ref) / std).square().flatten(1).mean(1) / 2
@@ -708,7 +712,7 @@ def update_lora(editor, params, optimizer, prompts, transitions, advantages, ste
 
 
 def evaluate(editor, reward_model, eval_rows, step, run, rank, world_size, args):
-    """One edit of every evaluation prompt, by the ODE and from fixed noise, and its score.
+    """One edit of every evaluation prompt, by the ODE's --num_inference_steps and from fixed noise.
 
     Writes samples/step_*/edits.jsonl, which `evaluate.py judge` (stage 6) can read.
     """
@@ -769,6 +773,7 @@ def main():
     if type(pipe).__name__ not in EDITORS:
         raise SystemExit(f"{args.editor} is a {type(pipe).__name__}, none of {list(EDITORS)}.")
     editor = EDITORS[type(pipe).__name__](pipe, args.guidance_scale)
+    editor.text_encoder.to("cpu")                   # to make room; encode_prompts brings it back
     reward_model = VLM(args.reward, served_model="", device=device)
     torch.manual_seed(args.seed)                    # so that all ranks begin with the same LoRA
     params = add_lora(pipe.transformer, editor.lora_layers, args.lora_rank)
@@ -914,6 +919,14 @@ def load_jsonl(path, fields, hint):
 MAX_PIXELS = 512 * 28 * 28                  # 512 visual tokens of Qwen2.5-VL, each 28 x 28 pixels
 
 
+def shrink(image, max_pixels=MAX_PIXELS):
+    """A copy with at most max_pixels, in the same aspect ratio; it is never enlarged."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    small = image.copy()
+    small.thumbnail((image.width * scale, image.height * scale))
+    return small
+
+
 def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
     """The image row[field] of a JSONL file as RGB: upright, on white, at most max_pixels.
 
@@ -929,9 +942,7 @@ def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
             raise OSError("it has more than 8 bits per channel")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        scale = math.sqrt(max_pixels / (image.width * image.height))
-        image.thumbnail((image.width * scale, image.height * scale))        # it never enlarges
+        image = shrink(Image.alpha_composite(white, image).convert("RGB"), max_pixels)
         if max(image.size) > 200 * min(image.size):
             raise OSError("its aspect ratio is above 200, which Qwen-VL refuses")
     except Exception as error:              # Pillow raises more kinds of errors than one can list.
@@ -993,8 +1004,8 @@ class VLM:
             self.url = vlm
             names = [served_model] if served_model else list_served_models(vlm)
             if len(names) != 1:
-                raise SystemExit(f"{vlm} serves {names}. Choose one of them with --served_model, "
-                                 "or serve only that one.")
+                raise SystemExit(f"{vlm} serves {names}. Serve only one model, or name one with "
+                                 "--served_model (stages 1, 2 and 6).")
             self.name = names[0]
         else:
             dtype = "auto" if device.type == "cuda" else torch.float32

@@ -23,7 +23,8 @@ correctly. One training step on one rank has B pairs, E = 2B edits, and R = E N 
                                  clipped_loss, backward pass, AdamW                     scalar
 
     T = tokens of a verdict, padded to the longest of its batch. P = tokens of a prompt. V = size of
-    the vocabulary. H = hidden size. Inside Policy and clipped_loss, E and R are of their batch.
+    the vocabulary. H = hidden size. Policy's methods and clipped_loss see one batch at a time:
+    there E and R count its edits and its verdicts.
 
     r_w[j] = mean over k of 1[tau_w[j] > tau_l[k]]                             win_ratios
     r_l[j] = mean over k of 1[tau_l[j] < tau_w[k]]                             win_ratios
@@ -38,8 +39,8 @@ A worked number with N = 3: the chosen edit has the scores 8, 6, 5, and the reje
     r_l = 1/3, 2/3, 1     A_l = -1/3, 0, 1/3     The 4 is below 8, 6 and 5.
 
 Both groups have the mean reward 2/3: the share of the N x N comparisons that rank the pair
-correctly. With --update_epochs 1 the ratio rho is exactly 1, the clip does nothing, and GCPO is
-REINFORCE with a group baseline.
+correctly (if every verdict can be parsed). With --update_epochs 1 the ratio rho is exactly 1, the
+clip does nothing, and GCPO is REINFORCE with a group baseline.
 
     python train_gcpo.py --toy --pairs preferences.jsonl --model sft/model --out rl   # toy models
     torchrun --nproc-per-node=8 train_gcpo.py --pairs preferences.jsonl --model sft/model --out rl
@@ -79,7 +80,7 @@ What to change for ...
 Compared with stage 5               here                            train_flow_grpo.py
     reward                          win ratio in a pair             score by the reward model
     advantage                       r - mean                        (r - mean) / std
-    old log-probs                   those of the first epoch        kept from sampling
+    old log-probs                   recomputed before the update    kept from sampling
     verdict that is not parsed      earns 0 and is trained on       its edit is left out
     zero-variance groups            count as 0 in the mean loss     are left out of the mean
     optimizer steps per rollout     each trains on all of it        each trains on a part of it
@@ -213,8 +214,7 @@ def parse_verdict(text, n_questions):
     Nothing is guessed or repaired, apart from Markdown. Without questions a verdict has no list and
     no average; its average is then score / 10.
     """
-    # A score inside a thought is only a draft.
-    text = drop_reasoning(text)                     # it may hold a draft of the verdict
+    text = drop_reasoning(text)                     # a score inside a thought is only a draft
     text = re.sub(r"```(?:json)?|\*", "", text)     # drop Markdown
     scores = list(re.finditer(SCORE, text))
     if not scores:
@@ -264,8 +264,8 @@ def win_ratios(tau_w, tau_l):
 def advantages(r):
     """A = r - mean(r) within each group: (..., N) -> (..., N).
 
-    GRPO also divides by the standard deviation. That would give a nearly solved pair as much weight
-    as a hard one.
+    GRPO also divides by the standard deviation. That would give a group whose rewards are nearly
+    equal as much weight as one whose rewards differ widely.
     """
     return r - r.mean(-1, keepdim=True)
 
@@ -452,7 +452,7 @@ def load_policy(folder, device, world_size):
         blocks = [*vlm.model.language_model.layers, *vlm.model.visual.blocks]
         shard_model(policy, blocks, device)
         # FSDP2 gathers the weights outside the blocks (the embedding, the last norm, the lm_head)
-        # only in registered methods. So the rest of the script runs the policy only through these.
+        # only in registered methods. So the rest of the script calls only these two.
         register_fsdp_forward_method(policy, "sample")
         register_fsdp_forward_method(policy, "get_per_token_logps")
     return policy
@@ -616,6 +616,8 @@ def update_policy(policy, optimizer, micro_batches, step, world_size, args):
             if epoch == 0:
                 # No step is taken yet, so this is pi_old. (The rollout's log-probs differ in bf16.)
                 old_logps.append(logps.detach())
+                if not batch.is_dummy:
+                    logp_diffs.append((logps.detach() - batch.rollout_logps)[mask].abs())
             loss = clipped_loss(logps, old_logps[i], batch.advantage, mask, args.clip_eps)
             weight = 0 if batch.is_dummy else len(batch.prompts) / total_groups
             (loss * weight * world_size).backward()
@@ -623,11 +625,11 @@ def update_policy(policy, optimizer, micro_batches, step, world_size, args):
             if not batch.is_dummy:
                 ratio = (logps.detach() - old_logps[i])[mask].exp()
                 is_clipped.append(clip_ratio(ratio, args.clip_eps) != ratio)
-                logp_diffs.append((old_logps[i] - batch.rollout_logps)[mask].abs())
         grad_norm = clip_gradients(params, step)
         optimizer.step()
         optimizer.zero_grad()
-    # grad_norm is of the last epoch, before clipping. The others are 0 without anything to train.
+    # grad_norm is of the last epoch, before clipping. The other two stay 0 if every group of this
+    # rank has zero variance.
     metrics = dict(grad_norm=grad_norm, rollout_logp_diff=0.0, clip_fraction=0.0)
     if logp_diffs:
         metrics["rollout_logp_diff"] = torch.cat(logp_diffs).mean().item()
@@ -653,8 +655,8 @@ def score_metrics(scores):
 def save_policy(run, step, policy, optimizer, rank):
     """Save the checkpoint for --resume, and then the model for the next stages.
 
-    In this order: under FSDP2 the state dict of the whole policy reshards the weights outside the
-    blocks, which save_model's state dict of policy.vlm alone would not.
+    In this order: under FSDP2 a rollout leaves the weights outside the blocks gathered, and
+    save_model needs them sharded. Only a state dict of the whole policy shards them again.
     """
     save_checkpoint(run, step, policy, optimizer, rank)
     save_model(policy.vlm, policy.processor, run.out / "model", rank)
@@ -712,7 +714,7 @@ def main():
     for step in range(run.start_step, args.steps):
         # ---- 1. Every --eval_every steps: save everything, then judge the evaluation pairs.
         if step % args.eval_every == 0:
-            if step > run.start_step:                       # else nothing has changed since loading
+            if step > run.start_step:                       # at the first step nothing is new
                 save_policy(run, step, policy, optimizer, rank)
             if eval_pairs:
                 evaluate(policy, eval_pairs, step, run, rank, world_size, args)
@@ -849,6 +851,14 @@ def load_jsonl(path, fields, hint):
 MAX_PIXELS = 512 * 28 * 28                  # 512 visual tokens of Qwen2.5-VL, each 28 x 28 pixels
 
 
+def shrink(image, max_pixels=MAX_PIXELS):
+    """A copy with at most max_pixels, in the same aspect ratio; it is never enlarged."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    small = image.copy()
+    small.thumbnail((image.width * scale, image.height * scale))
+    return small
+
+
 def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
     """The image row[field] of a JSONL file as RGB: upright, on white, at most max_pixels.
 
@@ -864,9 +874,7 @@ def open_image(jsonl_path, row, field, max_pixels=MAX_PIXELS):
             raise OSError("it has more than 8 bits per channel")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        scale = math.sqrt(max_pixels / (image.width * image.height))
-        image.thumbnail((image.width * scale, image.height * scale))        # it never enlarges
+        image = shrink(Image.alpha_composite(white, image).convert("RGB"), max_pixels)
         if max(image.size) > 200 * min(image.size):
             raise OSError("its aspect ratio is above 200, which Qwen-VL refuses")
     except Exception as error:              # Pillow raises more kinds of errors than one can list.

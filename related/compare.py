@@ -140,7 +140,7 @@ def oracle_scores(reward_model, prompts, images, group_size, args):
 @dataclass
 class Judge:
     """A way of scoring edits."""
-    model: str                          # its folder: below --run, or the whole path
+    model: str | None                   # its folder: below --run, or the whole path
     score: object                       # a function as above
     seeded: bool = False                # does it differ from seed to seed?
     flags: list = field(default_factory=list)               # of train_editreward.py
@@ -152,7 +152,7 @@ DIRECT = f"{MODELS}/direct"
 TRAINED = "compare/judges/{name}_{seed}/train/model"
 TIES = ["--ties", "TIES", "--tie_rule"]
 JUDGES = {
-    "oracle": Judge(DIRECT, oracle_scores),                 # its model is not asked
+    "oracle": Judge(None, oracle_scores),
     "rl_sampled": Judge(RL, sampled_scores, seeded=True),
     "rl_greedy": Judge(RL, train_nft.score_edits),
     "rl_expected": Judge(RL, train_nft.score_edits_expected),
@@ -210,10 +210,12 @@ def measure_judge(run, name, seed):
     judge = JUDGES[name]
     out = run / "compare/judges" / f"{name}_{seed}"
     out.mkdir(parents=True, exist_ok=True)
-    folder = model_folder(run, name, seed)
-    if judge.score is editreward_scores and not Path(folder).exists():
-        train_judge(run, judge.flags, seed, out)
-    reward_model = train_nft.VLM(folder, "", CPU)
+    reward_model = None
+    if judge.model:
+        folder = model_folder(run, name, seed)
+        if judge.score is editreward_scores and not Path(folder).exists():
+            train_judge(run, judge.flags, seed, out)
+        reward_model = train_nft.VLM(folder, "", CPU)
     args = SimpleNamespace(max_new_tokens=128, seed=seed)
     prompts, images, rows = pair_prompts(run / "data/reward_bench/preferences.jsonl")
     begun = total_seconds()

@@ -26,6 +26,9 @@ from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "data"), str(ROOT / "related")]
 torch.set_num_threads(1)
+# A fork loses torch's pool of threads. The first threads of the new process remake it, and fail if
+# two of them do so at once ("Invalid thread pool!"); so it is remade before there are threads.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

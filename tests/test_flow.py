@@ -85,9 +85,32 @@ def test_the_ratio_is_the_root_that_the_docstring_says():
     d = (mean - mean_old) / std
     assert torch.allclose(d, torch.tensor(0.01), atol=1e-4)
     assert logp - old_logp == pytest.approx((d * z - d ** 2 / 2).mean().item(), abs=1e-6)
-    assert (logp - old_logp).exp().item() == pytest.approx(0.99995, abs=1e-4)
+    assert (-d ** 2 / 2).mean().exp().item() == pytest.approx(0.99995, abs=2e-6)
+    assert (d * z).mean().abs() < 3 * 0.01 / 256                                # sqrt(D) = 256
     steps = [sigma - sigma_next for sigma, sigma_next in STEPS[:3]]
     assert [round(value, 2) for value in (min(steps), max(steps))] == [0.1, 0.14]
+
+
+def test_the_reward_model_sees_images_of_the_size_that_it_was_trained_on():
+    """open_image caps what GCPO shows, so score_edits caps the images of a larger --resolution."""
+    seen = []
+
+    class RewardModel:
+        def generate(self, chats, max_new_tokens):
+            for chat in chats:
+                seen.extend(part["image"].size for part in chat[0]["content"] if part["type"] == "image")
+            return [SimpleNamespace(text="<score>7</score>", error=None)] * len(chats)
+
+    row = dict(instruction="remove the dog", principles=[])
+    large = Image.new("RGB", (1600, 800))
+    prompt = SimpleNamespace(image=large, row=row)
+    scores = F.score_edits(RewardModel(), [prompt], [large, Image.new("RGB", (64, 32))], 2,
+                           SimpleNamespace(max_new_tokens=8))
+    assert scores.tolist() == [[7.0, 7.0]]
+    assert seen[0] == seen[1] == seen[2] and seen[3] == (64, 32)
+    width, height = seen[0]
+    assert 0.99 * F.MAX_PIXELS < width * height <= F.MAX_PIXELS and width == pytest.approx(2 * height, abs=2)
+    assert large.size == (1600, 800)
 
 
 def test_the_marginals_by_monte_carlo():

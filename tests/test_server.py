@@ -223,7 +223,7 @@ def test_the_name_of_the_model_comes_from_the_server(server):
     assert D.VLM(server.url, "", CPU).name == "some/model"
     assert D.VLM("http://127.0.0.1:9/v1", "some/lora", CPU).name == "some/lora"
     for server.models in (["a", "b"], []):
-        with pytest.raises(SystemExit, match=f"{server.url} serves .*Choose one of them with --served_model"):
+        with pytest.raises(SystemExit, match=f"{server.url} serves .*name one with --served_model"):
             D.VLM(server.url, "", CPU)
     server.models_status = 401
     with pytest.raises(SystemExit, match=f"{server.url} does not answer.*401"):

@@ -190,8 +190,8 @@ def small_run(tmp_path):
 
     n = len(W.principles(SCENE, RIGHT))
     [row] = add_edits(tmp_path / "data/sft/sft.jsonl", dict(a=RIGHT))
-    traces = [dict(text=say_verdict([1] * n, 9.0), verdict=[1] * n),
-              dict(text=say_verdict([0] * n, 1.0), verdict=[0] * n)]
+    traces = [dict(text=say_verdict([1] * n, 9.0), verdict=[1] * n, score=9.0),
+              dict(text=say_verdict([0] * n, 1.0), verdict=[0] * n, score=1.0)]
     W.save_jsonl(tmp_path / "data/sft/sft.jsonl", [
         row | dict(traces=traces, gold=[1] * n, accuracy=1.0, chosen=0, text=traces[0]["text"])])
     for name, (chosen, rejected) in dict(base=(5, 5), sft=(4, 6), rl=(8, 3)).items():
@@ -215,11 +215,12 @@ def test_a_journey_shows_the_three_edits_that_its_rules_choose(small_run, run_he
     text = out.with_suffix(".md").read_text("utf-8")
     for p in W.principles(SCENE, RIGHT):
         assert f"| {p['question']} | {p['category']} |" in text
+    assert "far too high" not in text and "It is 0" not in text
     assert "gets 2.5 (true O: 0.0)" in text and "gets 9.5 (true O: 10.0)" in text
     assert "| score, or true O | 4.0 | 8.0 | 10.0 | 6.0 | 3.0 | 0.0 |" in text
     assert "2 traces" in text and "| Is the red circle gone? | no | yes | yes |" in text
     told = " ".join(text.split())
-    assert "The SFT-RRM does not rank them as the annotators do. The RL-RRM, which GCPO has taught, ranks" in told
+    assert "The SFT-RRM prefers the other. The RL-RRM, which GCPO has taught, agrees with them." in told
     assert "<score>9.0</score>" in text and "journey.png)" in text
     with Image.open(out.with_suffix(".png")) as image:
         assert min(image.size) > 300

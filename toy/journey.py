@@ -144,6 +144,9 @@ def describe_sft_row(row):
     questions = [principle["question"] for principle in row["principles"]]
     columns = [questions, yes_no(worst["verdict"]), yes_no(chosen["verdict"]), yes_no(row["gold"])]
     titles = ["question", "a bad trace", "the chosen trace", "gold"]
+    score = "Only the last line, the VLM's own rating from 0 to 10, is used as the score."
+    if chosen["score"] == 0:
+        score += " It is 0 because the edit was not made; what was kept does not make up for that."
     return (f"**2. Cold-start data.** Another edit, of the instruction *{row['instruction']}*. The "
             f"teacher wrote {len(row['traces'])} traces on it, and the inspector answered every "
             "question itself (gold). The trace that agrees most with gold is the one to learn:\n\n"
@@ -151,14 +154,14 @@ def describe_sft_row(row):
             + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM. Each line has what is "
             "asked about, what is seen, and the answer; the JSON list repeats the answers:\n\n"
             + f"```\n{shorten(row['text'])}\n```\n\n"
-            + "Only the last line, the VLM's own rating from 0 to 10, is used as the score.\n")
+            + f"{score}\n")
 
 
 def ranks(margin):
     """What is said of a reward model that scores the preferred edit higher by this margin."""
     if margin > 0:
-        return "ranks them as the annotators do"
-    return "does not rank them as the annotators do"
+        return "agrees with them"
+    return "prefers the other" if margin < 0 else "prefers neither"
 
 
 def describe_pair(pair):
@@ -176,9 +179,9 @@ def describe_pair(pair):
         titles.append(f"{name}: truth")
         columns.append(yes_no(truth["verdict"]) + [f"{truth['O']:.1f}"])
     return ("**3 and 4. Reward models.** A held-out pair of the instruction "
-            f"*{row['instruction']}*. The annotators prefer one of the two edits. Both "
-            f"reward models write a verdict on each. The SFT-RRM {ranks(sft_margin)}. The RL-RRM, "
-            f"which GCPO has taught, {ranks(rl_margin)}:\n\n"
+            f"*{row['instruction']}*, of which the annotators prefer one edit. The SFT-RRM "
+            f"{ranks(sft_margin)}. The RL-RRM, which GCPO has taught, {ranks(rl_margin)}. Their "
+            "verdicts on both, beside the truth:\n\n"
             + markdown_table(titles, columns))
 
 
@@ -188,9 +191,13 @@ def describe_flow(before, after):
         score = "no readable score" if score is None else f"{score:.1f}"
         return f"{score} (true O: {edit.truth['O']:.1f})"
 
-    return ("**5 and 6. The editor.** The edit of the first instruction before Flow-GRPO gets "
+    text = ("**5 and 6. The editor.** The edit of the first instruction before Flow-GRPO gets "
             f"{say(before)} from the RL-RRM. After Flow-GRPO, from the same noise, it gets "
-            f"{say(after)}.\n")
+            f"{say(after)}.")
+    if (before.row["score"] or 0) - before.truth["O"] > 3:
+        text += (" The first score is far too high. Single scores can be wrong; an editor learns "
+                 "if better edits of a prompt get higher scores on average.")
+    return text + "\n"
 
 
 def write_text(before, after, sft_row, pair, image_path):

@@ -20,7 +20,9 @@ import argparse
 import copy
 import json
 import math
+import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -318,6 +320,13 @@ def train_editor(vae, steps, at_step):
         at_step(step, average)
 
 
+def save_editor(pipe, folder):
+    """Written beside and renamed: a folder that is there is whole."""
+    pipe.save_pretrained(f"{folder}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(f"{folder}.tmp", folder)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="the folder of all models")
@@ -333,8 +342,7 @@ def main():
         if step % 250 == 0:
             report("held out", average, samples=1)
         if step in snapshots:
-            pipe = copy.deepcopy(average).to(torch.bfloat16)
-            pipe.save_pretrained(f"{args.out}/{snapshots[step]}")
+            save_editor(copy.deepcopy(average).to(torch.bfloat16), f"{args.out}/{snapshots[step]}")
 
     train_editor(train_vae(VAE_STEPS * args.steps // STEPS), args.steps, at_step)
     for name in snapshots.values():

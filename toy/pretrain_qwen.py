@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -287,7 +288,8 @@ def main():
             report_qwen_editor(average, latents, guidance)
 
     average = train_qwen_editor(build_qwen_editor(vae), args.steps, at_step)
-    save_pipeline(average, folder)
+    save_pipeline(average, f"{folder}.tmp")
+    os.rename(f"{folder}.tmp", folder)          # a folder that is there is whole
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
@@ -186,7 +187,8 @@ def test_the_expected_score_reads_a_1_as_10_beside_high_scores(score, digits, wa
     monkeypatch.setattr(N, "digit_logits", lambda *_: logits)
     judge = SimpleNamespace(generate=lambda chats, tokens: [SimpleNamespace(text=text)])
     row = dict(instruction="x", principles=[dict(category="keep", question="a?")] * 2)
-    found = N.score_edits_expected(judge, [SimpleNamespace(image=None, row=row)], [None], 1, SimpleNamespace(max_new_tokens=9))
+    image = Image.new("RGB", (32, 32))
+    found = N.score_edits_expected(judge, [SimpleNamespace(image=image, row=row)], [image], 1, SimpleNamespace(max_new_tokens=9))
     assert found.item() == pytest.approx(wanted, nan_ok=True)
 
 

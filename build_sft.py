@@ -188,7 +188,10 @@ class Verdict(NamedTuple):
 
 
 def drop_reasoning(text):
-    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    """The reply of a thinking model without <think>...</think>, also if that was cut off.
+
+    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -396,7 +399,8 @@ def add_lora_hook(layer, a, scaled_b):
 #
 # A step appends its rows one by one to its output file, so that a killed run can continue:
 #     start_output    opens the file and returns `finished`, the rows that are already in it, by id;
-#                     it refuses other settings than those with which the file was begun
+#                     a row whose input has changed is done again; other settings than those with
+#                     which the file was begun are refused
 #     finish_output   waits for all ranks, sorts the file like the input, and returns its rows
 #     load_images     opens the images of a batch, and drops the rows whose images are unusable
 #     append_failed   writes a row and its error to <output>.failed.jsonl
@@ -440,7 +444,9 @@ def generate_edits(args, rank, world_size, device):
     candidates = plan_candidates(all_rows, args, out_path)
     flags = ["principles", "editors", "lora", "num_images_per_prompt", "num_inference_steps",
              "guidance_scale", "resolution", "seed"]
-    finished = start_output(out_path, {flag: getattr(args, flag) for flag in flags}, rank)
+    settings = {flag: getattr(args, flag) for flag in flags}
+    finished = start_output(
+        out_path, candidates, ["source", "instruction", "principles"], settings, rank)
     unfinished = [row for row in candidates if row["id"] not in finished]
     for editor in args.editors:
         name = Path(editor).name
@@ -502,7 +508,8 @@ def write_traces(args, rank, world_size, device):
     flags = ["pool", "served_model", "temperatures", "num_samples", "max_new_tokens", "seed"]
     settings = {flag: getattr(args, flag) for flag in flags}
     settings["prompt_hash"] = hash_text(VERDICT_RULES)
-    finished = start_output(out_path, settings, rank)
+    finished = start_output(
+        out_path, requests, ["source", "edit", "instruction", "principles"], settings, rank)
     unfinished = [row for row in requests if row["id"] not in finished]
     for vlm_name in args.pool:
         batches = []
@@ -573,6 +580,7 @@ def join_replies(edits, replies, replies_path, rank):
         num_unparsed = sum(row["unparsed"] for row in rows.values())
         print(f"{traces_path}: rows in {len(edits)}, done {len(done)}, failed {len(failed)}; "
               f"{num_unparsed} of {len(replies)} replies do not parse")
+    barrier()                               # rank 0 has written both files
     if not done:
         raise SystemExit(f"Every row failed. {failed_path} says why.")
 
@@ -582,13 +590,12 @@ def join_replies(edits, replies, replies_path, rank):
 def choose_traces(args, rank, world_size, device):
     """Step c: traces.jsonl -> sft.jsonl."""
     out_path = Path(args.out, "sft.jsonl")
-    all_rows = load_jsonl(Path(args.out, "traces.jsonl"),
-                          ["source", "edit", "instruction", "principles", "traces"],
-                          "Write traces with --pool.")
+    fields = ["source", "edit", "instruction", "principles", "traces"]
+    all_rows = load_jsonl(Path(args.out, "traces.jsonl"), fields, "Write traces with --pool.")
     flags = ["inspector", "served_model"]
     settings = {flag: getattr(args, flag) for flag in flags}
     settings["prompt_hash"] = hash_text(INSPECTOR_RULES)
-    finished = start_output(out_path, settings, rank)
+    finished = start_output(out_path, all_rows, fields, settings, rank)
     unfinished = []
     for row in all_rows:
         if row["principles"] and row["id"] not in finished:
@@ -639,12 +646,10 @@ def main():
     # a. The editors edit the sources: candidates.jsonl
     if args.editors:
         generate_edits(args, rank, world_size, device)
-    barrier()                               # Wait for rank 0, which sorts the file.
 
     # b. The pool writes traces on the edits: traces.jsonl
     if args.pool:
         write_traces(args, rank, world_size, device)
-    barrier()
 
     # c. The inspector writes gold, by which a trace is chosen: sft.jsonl
     if args.inspector:
@@ -809,15 +814,15 @@ def append_jsonl(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def start_output(out_path, settings, rank):
+def start_output(out_path, rows, fields, settings, rank):
     """Start or continue an output file; returns {id: row} of the rows that are finished.
 
-    The settings are kept beside the file. Other settings are refused, because the file would then
-    mix two kinds of rows. What failed in an earlier run is tried again.
+    A row is finished if the file has it with the same `fields` as the input `rows`. What failed in
+    an earlier run is tried again. The settings are kept beside the file. Other settings are
+    refused, because the file would then mix two kinds of rows.
     """
     settings_path = out_path.with_suffix(".settings.json")
-    finished = read_rows_by_id(out_path)
-    if finished:
+    if out_path.exists() and out_path.stat().st_size > 0:
         if not settings_path.exists():
             raise SystemExit(f"{out_path} was not written by this script. Use another --out.")
         old_settings = json.loads(settings_path.read_text(encoding="utf-8"))
@@ -825,6 +830,12 @@ def start_output(out_path, settings, rank):
             if old_settings.get(name) != value:
                 raise SystemExit(f"{out_path} was begun with {name} {old_settings.get(name)}, not "
                                  f"{value}. Use the old value or another --out.")
+    old_rows = read_rows_by_id(out_path)
+    finished = {}
+    for row in rows:
+        old_row = old_rows.get(row["id"])
+        if old_row and all(old_row.get(field) == row.get(field) for field in fields):
+            finished[row["id"]] = old_row
     barrier()                                               # until here every rank only reads
     if rank == 0:
         settings_path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -845,6 +856,7 @@ def finish_output(out_path, rows, finished, rank):
         skipped = sum(row["id"] in finished for row in rows)
         print(f"{out_path}: rows in {len(rows)}, done {len(done) - skipped}, skipped {skipped}, "
               f"failed {len(rows) - len(done)}")
+    barrier()                                               # rank 0 has written the file
     if not done:
         raise SystemExit(f"Every row failed. {out_path.with_suffix('.failed.jsonl')} says why.")
     return done

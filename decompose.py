@@ -29,10 +29,10 @@ For example, {"id": "1", "source": "street.png", "instruction": "Make the van bl
 Commands
     python decompose.py --toy --edits edits.jsonl --vlm toy/models/teacher --out principles.jsonl
     torchrun --nproc-per-node=8 decompose.py --edits edits.jsonl --vlm FOLDER --out principles.jsonl
-A rerun skips the finished rows and tries the failed ones again. It stops if --edits, --vlm, --seed
-or the prompt has changed. Seeds and examples depend on the source and the instruction and
-not on the id, so rows that repeat an edit get the same questions (almost: in bf16, or on a server,
-the batch can change a word).
+A rerun skips the finished rows and tries the failed ones again. A row whose source or instruction
+has changed is done again. Another --vlm, --seed or prompt, or another file name of --edits, is
+refused. Seeds and examples depend on the source and the instruction and not on the id, so rows that
+repeat an edit get the same questions (but for words that bf16 or a server may change).
 
 If many rows fail, read `error` in principles.failed.jsonl: it holds the last reply. If a reply ends
 in the middle of the list, run the command again with more --max_new_tokens.
@@ -189,7 +189,10 @@ def decompose_chat(source, instruction, examples):
 # ------------------------------------------------------------ the parser
 
 def drop_reasoning(text):
-    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    """The reply of a thinking model without <think>...</think>, also if that was cut off.
+
+    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -219,7 +222,7 @@ def parse_principles(text):
         category = entry.get("category")
         if question == "" or category not in CATEGORIES:
             return None
-        # "<|" starts a special token. The next stage would refuse both.
+        # "<|" starts a special token. The next stages refuse it, and what is not UTF-8.
         if "<|" in question or re.search(LONE_SURROGATE, question):
             return None
         principles.append({"question": question, "category": category})
@@ -270,7 +273,7 @@ def main():
         raise SystemExit("--out must be in the folder of --edits, because image paths are relative "
                          "to that folder.")
     if edits_path.name in (out_path.name, failed_path.name):
-        raise SystemExit("--out must be another file than --edits, also with .failed in its name.")
+        raise SystemExit("--out, or --out with .failed in its name, would overwrite --edits.")
     rows = load_jsonl(edits_path, ["source", "instruction"],
                       "Every line must hold {id, source, instruction}.")
     vlm = VLM(args.vlm, args.served_model, device)
@@ -280,7 +283,7 @@ def main():
         vlm=vlm.name,                       # on a server: the model's name and not the URL
         seed=args.seed,
         prompt_hash=hash_text(prompt))
-    finished = start_output(out_path, settings, rank)
+    finished = start_output(out_path, rows, ["source", "instruction"], settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the rows that are not finished.
     todo = [row for row in rows if row["id"] not in finished]
@@ -467,15 +470,15 @@ def append_jsonl(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def start_output(out_path, settings, rank):
+def start_output(out_path, rows, fields, settings, rank):
     """Start or continue an output file; returns {id: row} of the rows that are finished.
 
-    The settings are kept beside the file. Other settings are refused, because the file would then
-    mix two kinds of rows. What failed in an earlier run is tried again.
+    A row is finished if the file has it with the same `fields` as the input `rows`. What failed in
+    an earlier run is tried again. The settings are kept beside the file. Other settings are
+    refused, because the file would then mix two kinds of rows.
     """
     settings_path = out_path.with_suffix(".settings.json")
-    finished = read_rows_by_id(out_path)
-    if finished:
+    if out_path.exists() and out_path.stat().st_size > 0:
         if not settings_path.exists():
             raise SystemExit(f"{out_path} was not written by this script. Use another --out.")
         old_settings = json.loads(settings_path.read_text(encoding="utf-8"))
@@ -483,6 +486,12 @@ def start_output(out_path, settings, rank):
             if old_settings.get(name) != value:
                 raise SystemExit(f"{out_path} was begun with {name} {old_settings.get(name)}, not "
                                  f"{value}. Use the old value or another --out.")
+    old_rows = read_rows_by_id(out_path)
+    finished = {}
+    for row in rows:
+        old_row = old_rows.get(row["id"])
+        if old_row and all(old_row.get(field) == row.get(field) for field in fields):
+            finished[row["id"]] = old_row
     barrier()                                               # until here every rank only reads
     if rank == 0:
         settings_path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -503,6 +512,7 @@ def finish_output(out_path, rows, finished, rank):
         skipped = sum(row["id"] in finished for row in rows)
         print(f"{out_path}: rows in {len(rows)}, done {len(done) - skipped}, skipped {skipped}, "
               f"failed {len(rows) - len(done)}")
+    barrier()                                               # rank 0 has written the file
     if not done:
         raise SystemExit(f"Every row failed. {out_path.with_suffix('.failed.jsonl')} says why.")
     return done

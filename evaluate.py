@@ -5,19 +5,19 @@ reward   How often does a reward model rank two edits as people do? A VLM writes
              preferences.jsonl -> scores.jsonl {+ chosen_score, rejected_score, ...}, reward.json
 
          A verdict is a reply: reasoning, a 0/1 answer to each principle (a yes/no question), the
-         share of ones, and a score τ from 0 to 10. Only τ counts here: τ(edit) is the mean τ of
-         those of its k verdicts that can be parsed. It is missing if none of them can. (A verdict
-         with malformed answers cannot be parsed, even if its τ can be read.)
-         The metrics of a pair (`pair_metrics`) are:
+         share of ones, and a score τ from 0 to 10. Only τ is used, but the whole verdict must be
+         well-formed: τ(edit) is the mean τ of those of its k verdicts that can be parsed. It is
+         missing if none of them can. The metrics of a pair (`pair_metrics`), whose means over the
+         pairs are reported, are:
              strict   = 1[τ(chosen) > τ(rejected)]; a tie or a missing τ(edit) is wrong
              half     = strict, but a tie counts 1/2; a model that always answers 5 gets 0.5
-             non_tied = strict, over the pairs without a tie or a missing τ(edit)
+             non_tied = strict, but undefined for a tie or a missing τ(edit)
              at_1     = strict of the j-th verdicts on both edits, averaged over j = 1..k
              tie_rate = 1[τ(chosen) = τ(rejected)]
              unparsed = 1[at least one τ(edit) is missing]
          at_1 is the accuracy of one verdict; strict is the accuracy of the mean of k. Compare
-         strict of one greedy verdict (the default) with the paper's accuracy; on EditReward-Bench
-         compare strict_macro, the mean over tasks.
+         strict of one greedy verdict (the default) with the paper's accuracy; on EditScore's
+         EditReward-Bench compare strict_macro, the mean over tasks.
 
 judge    How good are the edits of an editor? A VLM rates each as in VIEScore (arXiv 2312.14867).
 
@@ -26,7 +26,7 @@ judge    How good are the edits of an editor? A VLM rates each as in VIEScore (a
              SC = min(success, restraint)          semantic consistency, from source and edit
              PQ = min(naturalness, cleanliness)    perceptual quality, from the edit alone
              O  = √(SC · PQ)                       for example √(min(9, 4) · min(9, 10)) = 6
-         An edit without O counts in none of the three means, so they are over the same edits.
+         The means of SC, PQ and O are over the edits that have all three.
          Step a of build_sft.py generates candidates.jsonl, with or without a LoRA.
 
 report   Compares several scores.jsonl: their means, and the paired gains from each to the next. It
@@ -44,8 +44,8 @@ Example rows of preferences.jsonl and candidates.jsonl. A candidate's id is <id>
 row whose image or request fails goes to scores.failed.jsonl and counts only as `failed`; the same
 command, run again, retries it. A reply that cannot be parsed gives null, never a number.
 For every metric the summary has NAME (the mean), NAME_n (its number of rows), NAME_95 (its 95 %
-bootstrap interval over source images), NAME_by_task, and NAME_macro (the mean of the tasks' means,
-or null if a task has none).
+bootstrap interval over source images), NAME_by_task (the same for each task), and NAME_macro (the
+mean of the tasks' means, or null if a task has none).
 
     python evaluate.py reward --toy --pairs preferences.jsonl --vlm runs/toy/gcpo/model --out A
     torchrun --nproc-per-node=8 evaluate.py reward --pairs preferences.jsonl --vlm FOLDER --out A
@@ -185,7 +185,10 @@ class Verdict(NamedTuple):
 
 
 def drop_reasoning(text):
-    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    """The reply of a thinking model without <think>...</think>, also if that was cut off.
+
+    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -254,7 +257,9 @@ def run_reward(args):
                     temperature=choose_temperature(args), seed=args.seed,
                     max_new_tokens=args.max_new_tokens,
                     prompt_hash=hash_text(VERDICT_RULES))
-    finished = start_output(out_path, settings, rank)
+    rebased = [rebase_paths(row, image_fields, args.pairs, out_path) for row in pairs]
+    finished = start_output(
+        out_path, rebased, image_fields + ["instruction", "principles"], settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the pairs that are not finished.
     todo = [row for row in pairs if row["id"] not in finished]
@@ -422,7 +427,9 @@ def run_judge(args):
     vlm = VLM(args.vlm, args.served_model, device)
     settings = dict(edits=args.edits, vlm=vlm.name, max_new_tokens=args.max_new_tokens,
                     prompt_hash=hash_text(SC_RULES + PQ_RULES))
-    finished = start_output(out_path, settings, rank)
+    rebased = [rebase_paths(row, ["source", "edit"], args.edits, out_path) for row in edits]
+    finished = start_output(
+        out_path, rebased, ["source", "edit", "instruction"], settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the edits that are not finished.
     todo = [row for row in edits if row["id"] not in finished]
@@ -495,7 +502,8 @@ def bootstrap_mean(values, rows, n_resamples=2000):
     """Mean of the values that are not None, one per row, and its 95 % bootstrap interval.
 
     Edits of one source image share its difficulty. Whole sources are therefore resampled, because
-    resampling single edits would give too narrow an interval. One source has no interval.
+    resampling single edits would give too narrow an interval. It is still too narrow for fewer than
+    about 20 sources; one source has none.
     """
     groups = {}                     # source -> its values
     for value, row in zip(values, rows):
@@ -552,7 +560,8 @@ def write_summary(path, rows, num_failed, row_metrics):
 def format_table(summaries, gains):
     """A Markdown table of {file: its summary} and {"a to b": {metric: its gain}}.
 
-    Left out: for a file, the rows that failed; for a gain, the rows without a partner or a value.
+    Left out: the rows that failed, that lack this metric (for a gain: in one of the two files), or
+    that are in one of the two files only.
     """
     names = []                      # Every metric once.
     for summary in summaries.values():
@@ -561,7 +570,9 @@ def format_table(summaries, gains):
     for name in names:
         for label, summary in summaries.items():
             if name in summary:
-                lines.append([name, label, summary[f"{name}_n"], summary.get("failed"),
+                num_rows = summary["n"] + (summary.get("failed") or 0)
+                num_used = summary[f"{name}_n"]
+                lines.append([name, label, num_used, num_rows - num_used,
                               summary[name], *summary[f"{name}_95"], summary[f"{name}_macro"]])
         for label, file_gains in gains.items():
             if name in file_gains:
@@ -617,7 +628,10 @@ def rows_by_key(rows):
 
 
 def paired_gains(rows_a, rows_b, row_metrics):
-    """The mean of metric(b) - metric(a) over the rows that are in both files, for every metric."""
+    """The mean of metric(b) - metric(a) over the rows with this metric in both files.
+
+    Where many rows lack it (as non_tied does for ties), this is not the difference of the means.
+    """
     by_key_a = rows_by_key(rows_a)
     by_key_b = rows_by_key(rows_b)
     num_keys = len(by_key_a | by_key_b)
@@ -636,6 +650,10 @@ def paired_gains(rows_a, rows_b, row_metrics):
         gain = bootstrap_mean(differences, [by_key_a[key] for key in shared])
         gains[name] = gain | {"left_out": num_keys - gain["n"]}
     return gains
+
+
+def judges_of(rows):
+    return {row.get("judge") for row in rows}
 
 
 def run_report(args):
@@ -659,6 +677,8 @@ def run_report(args):
         gains = {}
         for a, b in zip(labels, labels[1:]):
             gains[f"{a} to {b}"] = paired_gains(files[kind][a], files[kind][b], row_metrics)
+            if kind == "editor" and judges_of(files[kind][a]) != judges_of(files[kind][b]):
+                text += f"{a} and {b} have different judges: a gain may be the judge's.\n\n"
         report[kind] = summaries
         report[f"{kind}_gains"] = gains
         if summaries:
@@ -826,15 +846,15 @@ def append_jsonl(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def start_output(out_path, settings, rank):
+def start_output(out_path, rows, fields, settings, rank):
     """Start or continue an output file; returns {id: row} of the rows that are finished.
 
-    The settings are kept beside the file. Other settings are refused, because the file would then
-    mix two kinds of rows. What failed in an earlier run is tried again.
+    A row is finished if the file has it with the same `fields` as the input `rows`. What failed in
+    an earlier run is tried again. The settings are kept beside the file. Other settings are
+    refused, because the file would then mix two kinds of rows.
     """
     settings_path = out_path.with_suffix(".settings.json")
-    finished = read_rows_by_id(out_path)
-    if finished:
+    if out_path.exists() and out_path.stat().st_size > 0:
         if not settings_path.exists():
             raise SystemExit(f"{out_path} was not written by this script. Use another --out.")
         old_settings = json.loads(settings_path.read_text(encoding="utf-8"))
@@ -842,6 +862,12 @@ def start_output(out_path, settings, rank):
             if old_settings.get(name) != value:
                 raise SystemExit(f"{out_path} was begun with {name} {old_settings.get(name)}, not "
                                  f"{value}. Use the old value or another --out.")
+    old_rows = read_rows_by_id(out_path)
+    finished = {}
+    for row in rows:
+        old_row = old_rows.get(row["id"])
+        if old_row and all(old_row.get(field) == row.get(field) for field in fields):
+            finished[row["id"]] = old_row
     barrier()                                               # until here every rank only reads
     if rank == 0:
         settings_path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -862,6 +888,7 @@ def finish_output(out_path, rows, finished, rank):
         skipped = sum(row["id"] in finished for row in rows)
         print(f"{out_path}: rows in {len(rows)}, done {len(done) - skipped}, skipped {skipped}, "
               f"failed {len(rows) - len(done)}")
+    barrier()                                               # rank 0 has written the file
     if not done:
         raise SystemExit(f"Every row failed. {out_path.with_suffix('.failed.jsonl')} says why.")
     return done

@@ -13,12 +13,12 @@ The trained model is the SFT-RRM (reasoning reward model), from which train_gcpo
 
 The data flow of one training step on one rank:
 
-    --batch_size rows              batch_indices      split over the ranks
-      -> micro-batches of B rows                      B = --micro_batch_size
+    --batch_size rows              batch_indices
+      -> micro-batches of B rows     main             of this rank; B = --micro_batch_size
       -> inputs (B, P + T)         make_batch         row: [padding | prompt | verdict | padding]
          labels (B, T)                                the tokens of the verdict, then -100
       -> logits (B, T, V)          verdict_logits     only where a token of a verdict is predicted
-      -> loss, a scalar            response_loss
+      -> loss, a scalar            response_loss      divided by the step's tokens in main
 
     P is the length of the longest prompt in tokens, including those of its images, T the length of
     the longest verdict, and V the size of the vocabulary.
@@ -38,14 +38,15 @@ of a single token with probability 1/8 has NLL = ln 8 = 2.08 as well. The loss p
         --model Qwen/Qwen2.5-VL-3B-Instruct
 
     reads   sft.jsonl {id, source, edit, instruction, principles, text, gold} of build_sft.py: text
-            is the verdict to learn, gold has the true answers (optional); a Qwen2.5-VL or Qwen3-VL
+            is the verdict to learn, gold has the inspector's answers (optional)
+            --model, a Qwen2.5-VL or Qwen3-VL
     writes  out/model (fp32), out/metrics.jsonl, out/samples (the verdicts on the evaluation rows),
             out/config.json, out/checkpoint.pt (for --resume)
 
 What healthy metrics look like (in parentheses: the first and the last value of the toy run):
 
     loss             falls (0.14 to 0.06). This is the loss of the training rows of one step.
-    eval_loss        falls (0.14 to 0.06). If it rises again, the model overfits: fewer epochs help.
+    eval_loss        falls (0.14 to 0.06). If it rises again, the model overfits: use fewer epochs.
     eval_parse_rate  share of greedy verdicts that can be parsed; near 1. (The toy VLM starts at 1.)
                      If it stays low, read out/samples: verdicts may be cut off.
     eval_accuracy    share of the answers in parsed verdicts that equal the gold answers; rises
@@ -64,7 +65,8 @@ Differences from the paper:
 What to change for ...
 
     no questions, or no reasoning  only the data: rows with `principles: []`, or with texts without
-                                   reasoning (then also "First describe ..." in `VERDICT_RULES`)
+                                   reasoning (then also change "First describe ..." in the
+                                   `VERDICT_RULES` of all scripts)
     verdicts of another form       `VERDICT_RULES` and `parse_verdict`, in all scripts alike
     the same weight for all rows   `response_loss`: sum every row's own mean; `main`, phase 4, and
                                    `eval_metrics`: divide by the number of rows
@@ -181,7 +183,10 @@ class Verdict(NamedTuple):
 
 
 def drop_reasoning(text):
-    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    """The reply of a thinking model without <think>...</think>, also if that was cut off.
+
+    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -320,6 +325,9 @@ def load_rows(args, rank, world_size):
         if parse_verdict(row["text"], len(row["principles"])) is None:
             raise SystemExit(f"{args.data}, row {row['id']}: the text is not a verdict on its "
                              f"{len(row['principles'])} questions. Delete the row.")
+        if row.get("gold") and len(row["gold"]) != len(row["principles"]):
+            raise SystemExit(f"{args.data}, row {row['id']}: gold has {len(row['gold'])} answers to "
+                             f"{len(row['principles'])} questions. Delete the row.")
     check_images(args.data, rows, ("source", "edit"), rank, world_size)
     return rows
 
@@ -371,6 +379,7 @@ def evaluate(model, processor, eval_rows, run, step, rank, world_size, args):
 
     results = all_gather_lists(local_results)
     if rank == 0:
+        results.sort(key=lambda row: row["id"])             # whatever the number of ranks
         samples_path = run.out / "samples" / f"step_{step:06d}.json"
         samples_path.write_text(json.dumps(results, indent=1), encoding="utf-8")
         log_step(run, step, eval_metrics(results))
@@ -384,8 +393,9 @@ def eval_metrics(results):
         verdict = parse_verdict(row["reply"], len(row["principles"]))
         if verdict is not None:
             num_parsed += 1
-            for answer, gold in zip(verdict.verdict, row.get("gold") or []):
-                is_correct.append(answer == gold)
+            if row.get("gold"):
+                for answer, gold in zip(verdict.verdict, row["gold"], strict=True):
+                    is_correct.append(answer == gold)
     num_tokens = sum(row["num_tokens"] for row in results)
     return dict(
         eval_loss=sum(row["loss"] for row in results) / num_tokens,

@@ -233,7 +233,7 @@ def judge_imgedit(args):
     vlm = evaluate.VLM(args.vlm, args.served_model, device)
     settings = dict(edits=args.edits, vlm=vlm.name, cap=args.cap,
                     max_new_tokens=args.max_new_tokens)
-    finished = evaluate.start_output(out_path, settings, rank)
+    finished = evaluate.start_output(out_path, edits, [*fields, "instruction"], settings, rank)
     failed_path = out_path.with_suffix(".failed.jsonl")
     todo = [row for row in edits if row["id"] not in finished]
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]

@@ -720,7 +720,10 @@ class Verdict(NamedTuple):
 
 
 def drop_reasoning(text):
-    """The reply of a thinking model without <think>...</think>, also if that was cut off."""
+    """The reply of a thinking model without <think>...</think>, also if that was cut off.
+
+    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 

@@ -271,6 +271,18 @@ def test_other_settings_are_refused(run, flags, name):
     assert all(files(out)[f"{step}.jsonl"] == before[f"{step}.jsonl"] for step in STEPS)
 
 
+def test_what_comes_from_a_changed_row_is_done_again(run, principles):
+    """New principles of an edit: its candidates, traces and gold are new, and all others stay."""
+    run("out")
+    rows = read_rows(principles)
+    rows[0]["principles"] = rows[0]["principles"][::-1]
+    write_rows(principles, rows)
+    out, text = run("out")
+    assert "candidates.jsonl: rows in 36, done 4, skipped 24, failed 8" in text
+    fresh, _ = run("fresh")
+    assert all(files(fresh)[f"{step}.jsonl"] == files(out)[f"{step}.jsonl"] for step in STEPS)
+
+
 def test_ids_that_collide_or_are_no_file_names(run, principles, tmp_path):
     """A10, B7: every row has an edit of its own, whatever its id; a folder for each editor."""
     rows = read_rows(principles)[:1]
@@ -608,5 +620,8 @@ def test_a_wrong_model_folder_is_named(principles, tmp_path, run_here):
     for flag, out in (("--editors", "new"), ("--pool", "out"), ("--inspector", "out")):
         with pytest.raises(SystemExit, match=f"{tmp_path} is not a"):
             run_here(B, "--principles", principles, "--out", tmp_path / out, flag, tmp_path)
-    with pytest.raises(SystemExit, match="candidates.jsonl was not written by this script"):
-        run_here(B, "--principles", principles, "--out", tmp_path / "out", "--editors", tmp_path)
+    for text in ('{"id": "1"}\n', '{"id": "1"}'):           # also if its only line is not ended
+        (tmp_path / "out/candidates.jsonl").write_text(text)
+        with pytest.raises(SystemExit, match="candidates.jsonl was not written by this script"):
+            run_here(B, "--principles", principles, "--out", tmp_path / "out", "--editors", tmp_path)
+        assert (tmp_path / "out/candidates.jsonl").read_text() == text

@@ -194,6 +194,18 @@ def test_other_settings_are_refused(run, flags, name):
     assert run("out", "--batch_size", 5, "--max_new_tokens", 9)[0].read_bytes() == before
 
 
+def test_a_changed_row_is_done_again(run, edits):
+    """Its id is the same, but its instruction is not: nothing stale is kept."""
+    run("out")
+    rows = read_rows(edits)
+    rows[2]["instruction"] = "make it hard"
+    write_rows(edits, rows)
+    out, _, text = run("out")
+    assert CALLS[:3] == [(0.0, ["hard", "hopeless"]), (0.7, ["hard", "hopeless"]), (0.7, ["hopeless"])]
+    assert "rows in 12, done 1, skipped 8, failed 3" in text.splitlines()[-1]
+    assert out.read_bytes() == run("fresh")[0].read_bytes()
+
+
 def test_nothing_done_is_an_error(run, edits):
     """B5: if every row failed, the exit code is not 0."""
     write_rows(edits, [row for row in read_rows(edits) if row["id"] in ("r4", "r5", "r6")])
@@ -358,7 +370,7 @@ def test_bad_input_stops_at_once(edits, tmp_path, run):
         assert "\n" not in str(stop.value) and CALLS == []
     Path(edits).write_text(good)
     (tmp_path / "deep").mkdir()
-    for flags, message in ((["--out", edits], "another file"),
+    for flags, message in ((["--out", edits], "would overwrite --edits"),
                            (["--out", tmp_path / "deep/out.jsonl"], "in the folder of --edits"),
                            (["--edits", tmp_path / "no.jsonl"], "no.jsonl cannot be read.*{id, source, instruction}")):
         with pytest.raises(SystemExit, match=message):

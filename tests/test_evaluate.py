@@ -352,6 +352,19 @@ def test_other_settings_are_refused(run_here, tmp_path, bench, judge, name, flag
     assert "skipped 12" in run_here(evaluate, *flags, "--batch_size", 5)
 
 
+@pytest.mark.parametrize("name", ["reward", "judge"])
+def test_a_changed_row_is_judged_again(run_here, tmp_path, bench, judge, name):
+    """Its id is the same, but its edit is another image."""
+    flags = flags_of(name, bench, tmp_path / "out")
+    run_here(evaluate, *flags)
+    rows = read_rows(flags[2])
+    rows[3]["edit" if name == "judge" else "rejected"] = rows[11]["rejected"]
+    write_rows(flags[2], rows)
+    assert "done 1, skipped 11" in run_here(evaluate, *flags)
+    run_here(evaluate, *flags_of(name, bench, tmp_path / "fresh"))
+    assert (tmp_path / "out/scores.jsonl").read_bytes() == (tmp_path / "fresh/scores.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("name, prompt", [("reward", "VERDICT_RULES"), ("judge", "SC_RULES"), ("judge", "PQ_RULES")])
 def test_another_prompt_is_refused(run_here, tmp_path, bench, judge, monkeypatch, name, prompt):
     """A rubric edited by a forker never mixes with the rows of the old one."""
@@ -581,10 +594,20 @@ def test_report(run_here, tmp_path, bench, judge):
     assert report["editor_gains"]["before to after"]["O"] == dict(n=4, left_out=1, mean=2.0, low=2.0, high=2.0)
     assert report["editor"]["after"]["unparsed"] == 0.2 and report["editor"]["ready"]["score"] == 6
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert ["strict", "better", "11", "-", "1.000", "1.000", "1.000", "1.000"] in cells
+    assert ["strict", "better", "11", "0", "1.000", "1.000", "1.000", "1.000"] in cells
+    assert ["O", "after", "4", "1"] in [line[:4] for line in cells] and "different judges" not in text
     assert ["gain of O", "before to after", "4", "1", "2.000", "2.000", "2.000", "-"] in cells
     assert [line[1] for line in cells if line[0] == "O"] == ["before", "after"] and ["score", "ready"] in [line[:2] for line in cells]
     assert (tmp_path / "r/report.md").read_text(encoding="utf-8") in text
+
+
+def test_the_report_says_if_two_files_have_different_judges(run_here, tmp_path):
+    """Their difference may be that of the judges. Two reward models are two judges, of course."""
+    for kind, scores in (("editor", dict(SC=4, PQ=9, O=6)), ("reward", dict(chosen_score=2, rejected_score=1))):
+        files = [write_rows(tmp_path / f"{kind}_{name}.jsonl", [scores | dict(id=i, judge=name) for i in range(3)])
+                 for name in "ab"]
+        said = run_here(evaluate, "report", "--scores", f"x={files[0]}", f"y={files[1]}", "--out", tmp_path / "r")
+        assert ("x and y have different judges" in said) == (kind == "editor")
 
 
 def test_the_report_is_a_table_on_a_terminal_and_in_markdown(run_here, tmp_path):

@@ -397,6 +397,7 @@ def test_bad_input_stops_the_run_with_one_message(straight, vlm, tmp_path, run_h
             (lambda: fourth(edit="no.png"), f"rows, {row4}: the edit image .*no.png cannot be used.*Replace"),
             (lambda: fourth(edit="cut.png"), f"rows, {row4}: the edit image .*cut.png cannot be used.*runcated"),
             (lambda: fourth(text="I like it."), f"rows, {row4}: the text is not a verdict on its 2 questions"),
+            (lambda: fourth(gold=[1]), f"rows, {row4}: gold has 1 answers to 2 questions"),
             (lambda: fourth(text="<|image_pad|>" + rows[3]["text"]), fr"rows, {row4}: the text contains '<\|'"),
             (lambda: fourth(principles=rows[3]["principles"] * 2), f"rows, {row4}: .* on its 4 questions"),
             (lambda: fourth(text="Seen. " * 20 + rows[3]["text"]),

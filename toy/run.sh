@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole paper in miniature, every stage as you would run it yourself:   bash toy/run.sh [OUT]
-# Without a GPU, on two quiet cores, it takes 10 to 12 minutes. OUT (runs/toy) is deleted first.
+# Without a GPU, on two quiet cores, it takes 10 to 13 minutes. OUT (runs/toy) is deleted first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/toy}

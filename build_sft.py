@@ -4,17 +4,17 @@ The learning problem: stage 3 teaches a vision-language model (VLM), by imitatio
 on edits, and nobody has written any to imitate. Hence best-of-N: a pool of VLMs writes up to N
 verdicts ("traces") on every edit. An inspector VLM, which reads all these traces, answers every
 question itself; its answers are "gold". The trace that agrees most with gold is the one to imitate.
-The rows of each file keep the fields of the file before it, and + lists the new ones:
+The rows of a file keep the fields of the file before it, and + lists the new ones:
 
     principles.jsonl {id, source, instruction, principles}
              R rows, each with its K questions
       -> candidates.jsonl + edit, editor, seed, source_id    step a, if --editors is given
-             E editors x S images per source: R*E*S edits. `seed` is only their number 0, 1, ...
-             for a source and an editor. The id becomes <id>/<editor>/<seed>.
-      -> replies.jsonl, one reply of a VLM in each row       step b, if --pool is given
-             N = VLMs x temperatures x samples replies to each edit
-      -> traces.jsonl + traces, unparsed (again one row per edit)
-             The replies of an edit that parse are its traces {vlm, temperature, text, verdict,
+             E editors x S images per source: R*E*S edits. The field `seed` is the number of an
+             image, 0 to S - 1. The id becomes <id>/<editor>/<seed>.
+      -> replies.jsonl + edit_id, vlm, temperature, sample, text     step b, if --pool is given
+             A row per reply: N replies on each edit, N = VLMs x temperatures x samples.
+      -> traces.jsonl = candidates.jsonl + traces, unparsed
+             A row per edit. Its replies that parse are its traces {vlm, temperature, text, verdict,
              average, score}: `verdict` holds K answers, 0 or 1, and `average` is the mean that the
              model wrote, which may be wrong. `unparsed` counts the other replies.
       -> sft.jsonl + gold, accuracy, chosen, text            step c, if --inspector is given
@@ -41,8 +41,9 @@ paths are relative to the folder of their JSONL file.
       reply of step b. Random numbers depend on --seed and on ids, never on batches or ranks. So on
       a CPU (fp32) a resumed run, or one with other ranks, gives the same rows; on a GPU (bf16) the
       batch can change the rounding. The noise of an edit does not depend on the editor or the LoRA.
-    * The run stops if a flag or a prompt is not the one with which a file was begun. It cannot see
-      changed code, weights or input rows: use another --out then.
+    * A row whose input has changed is done again. If a flag that changes the rows, or a text of
+      rules, is not the one with which a file was begun, the run stops. It cannot see changed code,
+      weights or images: use another --out then.
     * Rows that cannot be used go to <output>.failed.jsonl with the reason. In step b an edit fails
       if one of its N requests failed or none of its replies parses; in step c if it has no
       principles or the inspector's gold does not parse.
@@ -60,12 +61,13 @@ Differences from the paper:
     2. Its pool is two Seed-VL APIs with several prompts. Ours is any Qwen-VL or server, with one
        prompt. The paper does not report the numbers of images, samples and temperatures.
     3. In the paper a further VLM chooses the trace, given gold and written rules. Here code applies
-       the rules, ties as in the paper's appendix. As there, a trace may have any accuracy.
-    4. The inspector's prompt is stricter than the judges' in two points, as in the paper: a move
+       the rules, ties as in the paper's appendix. As there, no minimum accuracy is required.
+    4. The inspector's prompt is stricter than the pool's in two points, as in the paper: a move
        must be more than a tenth of the image, and an unedited image fails.
 
 What healthy output looks like: few replies do not parse (11 of 1,280 in the toy run), and the
-chosen traces are more accurate than all traces (0.88 against 0.82): this is what best-of-N gains.
+chosen traces agree with gold more often than all traces do (0.88 against 0.82). They never agree
+less, because gold has chosen them; if the two are equal, the pool's traces are all alike.
 
 What to change for ...
     another rule of selection     `choose_trace` (and delete sft.jsonl before the rerun)
@@ -117,7 +119,8 @@ def parse_args():
     step_a = parser.add_argument_group("step a")
     step_a.add_argument("--editors", nargs="+", default=[], help="Pipelines: folders or hub ids.")
     step_a.add_argument("--lora", help="A LoRA of train_flow_grpo.py, for a single editor.")
-    step_a.add_argument("--num_images_per_prompt", type=int, default=4, help="Edits per source.")
+    step_a.add_argument("--num_images_per_prompt", type=int, default=4,
+                        help="Edits per source and editor.")
     step_a.add_argument("--num_inference_steps", type=int, default=28, help="Denoising steps.")
     step_a.add_argument("--guidance_scale", type=float, help="By default 2.5 (Kontext), 4 (Qwen).")
     step_a.add_argument("--resolution", type=int, help="Resize sources to squares of this side.")
@@ -131,7 +134,8 @@ def parse_args():
     parser.add_argument_group("step c").add_argument("--inspector", help="A VLM that writes gold.")
 
     common = parser.add_argument_group("all steps")
-    common.add_argument("--served_model", default="", help="The model, if a server has several.")
+    common.add_argument("--served_model", default="",
+                        help="The model, if a server has several; the same for all URLs.")
     common.add_argument("--max_new_tokens", type=int, default=1024, help="Cut longer replies off.")
     common.add_argument("--batch_size", type=int, default=8, help="Batch size per rank.")
     common.add_argument("--seed", type=int, default=0, help="The seed of all edits and traces.")
@@ -141,6 +145,8 @@ def parse_args():
         parser.set_defaults(**TOY)
         args = parser.parse_args()
 
+    if not (args.editors or args.pool or args.inspector):
+        parser.error("nothing to do: give --editors, --pool or --inspector")
     if args.editors and not args.principles:
         parser.error("--editors needs --principles")
     if args.lora and len(args.editors) != 1:
@@ -255,7 +261,7 @@ contradicts the instruction, follow the instruction. On the last line write only
 
 
 def inspector_chat(source, edit, instruction, principles, traces):
-    """The chat of a verdict, with all traces and other rules in place of VERDICT_RULES."""
+    """The chat of a verdict, in which all traces and INSPECTOR_RULES replace VERDICT_RULES."""
     verdicts = ""
     for number, trace in enumerate(traces, start=1):
         verdicts += f"Verdict {number}:\n{trace['text']}\n"
@@ -286,7 +292,7 @@ def parse_gold(text, n_questions):
 
 def trace_accuracy(trace, gold):
     """The share of the questions that a trace answers as the inspector does."""
-    num_right = sum(answer == truth for answer, truth in zip(trace["verdict"], gold))
+    num_right = sum(answer == wanted for answer, wanted in zip(trace["verdict"], gold))
     return num_right / len(gold)
 
 
@@ -559,7 +565,7 @@ def join_replies(edits, replies, replies_path, rank):
         else:
             trace = dict(vlm=reply["vlm"], temperature=reply["temperature"], text=text)
             row["traces"].append(trace | verdict._asdict())
-    errors = {}                             # of all ranks, so they are read from the file
+    errors = {}                             # read from the file, which has those of all ranks
     for request in read_rows_by_id(replies_path.with_suffix(".failed.jsonl")).values():
         errors[request["edit_id"]] = request["error"]
 

@@ -18,12 +18,12 @@ One training step of one rank, with P prompts, W SDE steps, S latent tokens of C
       -> P G images and transitions       rollout_edits    x and x' (B, S, C), B edits at a time
       -> rewards (P, G)                   score_edits      NaN if a verdict cannot be parsed
       -> advantages (P, G)                group_advantages
-      -> a loss per edit and SDE step     transition_loss  for the edits of B with A != 0
+      -> a loss per edit and SDE step     transition_loss  for the edits with A != 0
       -> --num_minibatches optimizer steps, each on its own part of the prompts: update_lora
 
 With dt = sigma' - sigma < 0, a = --noise_level, eps = --clip_eps and D = S C latent dimensions:
 
-    s      = a sqrt(sigma / (1 - sigma))                                       sde_step
+    s      = a sqrt(sigma / (1 - sigma)), at sigma = 1: a sqrt(1 / (1 - sigma'))  sde_step
     mean   = x + v dt + s^2 / (2 sigma) (x + (1 - sigma) v) dt                 sde_step
     std    = s sqrt(-dt)                                                       sde_step
     log pi = mean over the D dimensions of log N(x'; mean, std^2)              sde_step
@@ -31,12 +31,13 @@ With dt = sigma' - sigma < 0, a = --noise_level, eps = --clip_eps and D = S C la
     r      = exp(log pi - log pi_old), the D-th root of the likelihood ratio   transition_loss
     L      = max(-A r, -A clip(r, 1 - eps, 1 + eps))                           clipped_surrogate
     KL     = mean over the D dimensions of (mean - mean_ref)^2 / (2 std^2)     transition_loss
-    loss   = mean of L + beta KL over all SDE steps of all edits with A != 0   update_lora
+    loss   = mean of (L + beta KL) over the SDE steps of all edits with A != 0,
+             for each of the --num_minibatches                                 update_lora
 
 A worked number: four edits score 8, 6, 4 and NaN. The three numbers have the mean 6 and the
 (population) standard deviation 1.63, so A = 1.22, 0, -1.22 and 0. A step from sigma = 0.9 to 0.8
 with a = 0.7 has s = 2.1 and std = 0.66. If an update moves the mean by 0.01 std in every dimension,
-r is about exp(-0.01^2 / 2) = 0.99995.
+r is on average about exp(-0.01^2 / 2) = 0.99995.
 
     python train_flow_grpo.py --toy --prompts principles.jsonl \
         --editor toy/models/editor --reward gcpo/model --out flow
@@ -51,20 +52,20 @@ metrics.jsonl and samples/ (evaluation edits). Every rank holds the whole editor
 the prompts; the gradients of the LoRA are summed over the ranks.
 
 The early steps decide what the edit becomes, and noise that is added late stays visible as grain.
-So the W SDE steps are a window in the first half, which begins elsewhere in every training step.
-Training and its evaluations take six denoising steps, where one would draw an edit with 28: that is
-enough to compare edits.
+So the W SDE steps are a window in the first half, whose start is drawn anew in every training step.
+Six denoising steps are enough to compare edits, in training and in its evaluations; a final edit
+takes 28.
 
-Why eps is 1e-4: log pi is a mean over D (65,536 at 512 x 512), as in Flow-GRPO's code, so r stays
-very near 1. With d = (mean - mean_old) / std and the drawn noise z, log r is mean(d z) - mean(d^2)
-/ 2. On edits of other prompts the first part is about +- rms(d) / sqrt(D), and the second is always
-negative. It is the larger one once rms(d) is above 2 / sqrt(D) = 0.008. Such an update lowers r on
-nearly all edits: good ones are seldom clipped, and bad ones are pushed away only until r = 1 - eps.
+Why eps is 1e-4: log pi is a mean over D (65,536 at 512 x 512), as in Flow-GRPO's code, so a useful
+update moves log r by some 1e-4. With d = (mean - mean_old) / std and the drawn noise z, log r is
+mean(d z) - mean(d^2) / 2. On edits of other prompts the first part averages to 0. Once rms(d) is
+well above 2 / sqrt(D) = 0.008 the second part decides, and r falls on most edits: good ones are then
+seldom clipped, and bad ones are pushed away only until r = 1 - eps.
 
 Differences from Edit-R1, which reports only G = 24, the std of the group, and beta = 0.04:
-    1. All other defaults follow Flow-GRPO's public run for Kontext, apart from four: the noise
-       level is 0.7 (there 0.9), W = 2 steps are random (there all), A is not clipped (there to
-       +-5), and there is no EMA of the weights.
+    1. All other defaults follow Flow-GRPO's public run for Kontext, but: the noise level is 0.7
+       (there 0.9), W = 2 steps are trained (there 5 of the 6), A is not clipped (there to +-5), the
+       weights are not averaged (there an EMA), and evaluations take 6 steps (there 28).
     2. The KL of Flow-GRPO's code is |dt| times ours, and |dt| is 0.10 to 0.14. We assume that
        Edit-R1's beta = 0.04 is for that KL, so ours is 0.04 * 0.1 = 0.004.
     3. All edits of a training step share one window of SDE steps, so none is noisier than others.
@@ -76,7 +77,7 @@ reward              3.9 -> 5.9   rises; so does eval_reward (4.6 -> 5.9; without
 reward_std          2.6 -> 2.9   within groups; falls when most edits are right
 frac_reward_zero_std   0 - .25   groups without a gradient; stays low
 parse_rate                   1   share of verdicts that can be parsed
-kl                   0 -> .007   distance from the base editor; grows slowly
+kl                   0 -> .007   distance from the base editor; grows slowly (0 if beta is 0)
 max_ratio_deviation          0   |r - 1| before the update of each step; near eps it is a bug
 clip_fraction            < .27   share of r outside 1 +- eps
 grad_norm          .005 - .020   of the last mini-batch, before clipping to 1
@@ -307,7 +308,7 @@ def group_advantages(rewards, eps=1e-4):
     advantages = torch.zeros_like(rewards)
     for p, group in enumerate(rewards):
         parsed = ~group.isnan()
-        if len(group[parsed].unique()) > 1:     # else A = 0; a rounded mean would give noise
+        if len(group[parsed].unique()) > 1:     # else A is 0, and not what rounding leaves
             mean = group.nansum() / parsed.sum()
             centered = torch.where(parsed, group - mean, 0)
             std = (centered.square().sum() / parsed.sum()).sqrt()
@@ -578,7 +579,10 @@ def draw_window(step, args):
 
 @torch.no_grad()
 def rollout_edits(editor, prompts, group_size, seed_key, sde_window, args):
-    """Draw group_size edits of each prompt: the images, prompt by prompt, and all transitions."""
+    """Draw group_size edits of each prompt: the images, prompt by prompt, and all transitions.
+
+    `seed_key` is the training step, or "held out" for an evaluation.
+    """
     images = []
     transitions = []
     for prompt in prompts:
@@ -678,8 +682,8 @@ def transition_loss(editor, transition, advantage, args):
 
 def update_lora(editor, params, optimizer, prompts, transitions, advantages, step, args):
     """One optimizer step per mini-batch of prompts. Returns the metrics of the update."""
-    ratios = []                         # of each mini-batch, over all ranks
-    kls = []
+    ratios = []                         # a list for each mini-batch, over all ranks
+    kls = []                            # of this rank
     for prompt_indices in np.array_split(np.arange(len(prompts)), args.num_minibatches):
         minibatch = [t for t in transitions if t.prompt.index in prompt_indices]
         # The loss is a mean over all SDE steps of all edits with A != 0, on all ranks.

@@ -70,6 +70,8 @@ def test_sde_step_against_the_closed_form(sigma, sigma_next):
 
 
 def test_the_docstring_s_numbers():
+    std = moments(0.9, 0.8, 0.7)[2]
+    assert std == pytest.approx(0.66, abs=0.005) and std / math.sqrt(0.1) == pytest.approx(2.1, abs=0.005)
     std = moments(0.9037, 0.7897, 0.7)[2]
     assert std == pytest.approx(0.72, abs=0.005) and std / math.sqrt(0.9037 - 0.7897) == pytest.approx(2.14, abs=0.005)
     advantages = F.group_advantages(torch.tensor([[8.0, 6.0, 4.0, NAN]]))[0].tolist()

@@ -151,8 +151,9 @@ def describe_sft_row(row):
             f"teacher wrote {len(row['traces'])} traces on it, and the inspector answered every "
             "question itself (gold). The trace that agrees most with gold is the one to learn:\n\n"
             + markdown_table(titles, columns)
-            + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM. Each line has what is "
-            "asked about, what is seen, and the answer; the JSON list repeats the answers:\n\n"
+            + "\nThe chosen trace, which stage 3 teaches to the SFT-RRM. Each line says what a "
+            "question asks about, then what is seen of it, then the answer (yes or no); the JSON "
+            "list repeats the answers:\n\n"
             + f"```\n{shorten(row['text'])}\n```\n\n"
             + f"{score}\n")
 

@@ -68,23 +68,14 @@ Differences from the paper:
 What to change for ...
     another reward          `compute_rewards`; if it needs more than scores, `read_scores` as well
     half a win for a tie    `wins` in `win_ratios`
-    GRPO's advantage        `advantages`: divide by the standard deviation + 1e-6
+    GRPO's advantage        `advantages`: divide by the standard deviation + 1e-4
     clip-higher (DAPO)      `clip_ratio`: a larger upper bound (acts from --update_epochs 2 on)
     a KL to the SFT model   `main`: load a second, frozen policy; `update_policy`: add the KL to
                             `loss`; `make_micro_batches`: keep the zero-variance groups
-    a LoRA                  `load_policy`: freeze the VLM and add seeded adapters before sharding;
+    a LoRA                  `load_policy`: freeze the VLM and add adapters, alike on all ranks, first;
                             `save_model`: merge them into `state`; and a higher --lr, such as 1e-4
     another family of VLMs  `Processor`, `Policy.prefill` and `Policy.run_tokens` (positions), and
                             the names of layers in `load_policy` and `load_trainable_vlm`
-
-Compared with stage 5               here                            train_flow_grpo.py
-    reward                          win ratio in a pair             score by the reward model
-    advantage                       r - mean                        (r - mean) / std
-    old log-probs                   recomputed before the update    kept from sampling
-    verdict that is not parsed      earns 0 and is trained on       its edit is left out
-    zero-variance groups            count as 0 in the mean loss     are left out of the mean
-    optimizer steps per rollout     each trains on all of it        each trains on a part of it
-    KL to the initial model         none                            yes
 """
 import argparse
 import json

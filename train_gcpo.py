@@ -72,8 +72,9 @@ What to change for ...
     clip-higher (DAPO)      `clip_ratio`: a larger upper bound (acts from --update_epochs 2 on)
     a KL to the SFT model   `main`: load a second, frozen policy; `update_policy`: add the KL to
                             `loss`; `make_micro_batches`: keep the zero-variance groups
-    a LoRA                  `load_policy`: freeze the VLM and add adapters, alike on all ranks, first;
-                            `save_model`: merge them into `state`; and a higher --lr, such as 1e-4
+    a LoRA                  `load_policy`: freeze the VLM and add adapters (alike on all ranks)
+                            before sharding; `save_model`: merge them into `state`; and a higher
+                            --lr, such as 1e-4
     another family of VLMs  `Processor`, `Policy.prefill` and `Policy.run_tokens` (positions), and
                             the names of layers in `load_policy` and `load_trainable_vlm`
 """

@@ -120,7 +120,9 @@ def test_without_noise_the_sampler_is_the_stock_pipeline(setting, monkeypatch):
                 assert len(transitions) == len(window) and (x - want[:b]).abs().max() < 1e-5
     [image] = stock(pipe, prompts[5], noise[1, 0])
     with torch.no_grad():
-        assert editor.decode(x, prompts[5].cond)[1].tobytes() == image.tobytes()
+        decoded = editor.decode(x, prompts[5].cond)[1]
+    apart = [abs(a - b) for a, b in zip(decoded.tobytes(), image.tobytes(), strict=True)]
+    assert max(apart) <= 1 and sum(apart) <= 5      # the latents differ by up to 1e-5, so a pixel may round
 
 
 def test_the_instruction_matters_and_the_image_too(setting):

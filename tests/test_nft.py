@@ -225,7 +225,9 @@ def test_the_rollout_is_that_of_flow_grpo_without_its_sde(setting):
     editor.pipe.transformer.lora_enabled = True
     images, latents = N.draw_edits(editor, prompts[:2], 3, "trained", 5, args)
     flow_images, _ = F.rollout_edits(editor, prompts[:2], 3, 5, range(0), args)
-    assert [i.tobytes() for i in images] == [i.tobytes() for i in flow_images]
+    for image, flow_image in zip(images, flow_images, strict=True):
+        apart = np.abs(np.array(image, int) - np.array(flow_image, int))
+        assert apart.max() <= 1 and apart.sum() <= 5                    # of 255; a pixel may round
     assert [tuple(x.shape) for x in latents] == [(3, 4, 32)] * 2
 
 

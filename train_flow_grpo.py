@@ -59,8 +59,8 @@ takes 28.
 Why eps is 1e-4: log pi is a mean over D (65,536 at 512 x 512), as in Flow-GRPO's code, so a useful
 update moves log r by some 1e-4. With d = (mean - mean_old) / std and the drawn noise z, log r is
 mean(d z) - mean(d^2) / 2. On edits of other prompts the first part averages to 0. Once rms(d) is
-well above 2 / sqrt(D) = 0.008 the second part decides, and r falls on most edits: good ones are then
-seldom clipped, and bad ones are pushed away only until r = 1 - eps.
+well above 2 / sqrt(D) = 0.008 the second part decides, and r falls on most edits: good ones are
+then seldom clipped, and bad ones are pushed away only until r = 1 - eps.
 
 Differences from Edit-R1, which reports only G = 24, the std of the group, and beta = 0.04:
     1. All other defaults follow Flow-GRPO's public run for Kontext, but: the noise level is 0.7

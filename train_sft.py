@@ -326,8 +326,8 @@ def load_rows(args, rank, world_size):
             raise SystemExit(f"{args.data}, row {row['id']}: the text is not a verdict on its "
                              f"{len(row['principles'])} questions. Delete the row.")
         if row.get("gold") and len(row["gold"]) != len(row["principles"]):
-            raise SystemExit(f"{args.data}, row {row['id']}: gold has {len(row['gold'])} answers to "
-                             f"{len(row['principles'])} questions. Delete the row.")
+            raise SystemExit(f"{args.data}, row {row['id']}: gold has {len(row['gold'])} answers "
+                             f"to {len(row['principles'])} questions. Delete the row.")
     check_images(args.data, rows, ("source", "edit"), rank, world_size)
     return rows
 

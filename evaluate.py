@@ -187,7 +187,7 @@ class Verdict(NamedTuple):
 def drop_reasoning(text):
     """The reply of a thinking model without <think>...</think>, also if that was cut off.
 
-    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    If the chat template itself opens <think>, a thought that is cut off looks like a reply.
     """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
@@ -257,19 +257,20 @@ def run_reward(args):
                     temperature=choose_temperature(args), seed=args.seed,
                     max_new_tokens=args.max_new_tokens,
                     prompt_hash=hash_text(VERDICT_RULES))
-    rebased = [rebase_paths(row, image_fields, args.pairs, out_path) for row in pairs]
+    # id -> the row with image paths that are relative to --out
+    rebased = {row["id"]: rebase_paths(row, image_fields, args.pairs, out_path) for row in pairs}
     finished = start_output(
-        out_path, rebased, image_fields + ["instruction", "principles"], settings, rank)
+        out_path, rebased.values(), image_fields + ["instruction", "principles"], settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the pairs that are not finished.
     todo = [row for row in pairs if row["id"] not in finished]
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
     for batch in tqdm(batches[rank::world_size], disable=rank > 0):
         # 3. Load the images and write the prompts.
-        out_rows = []               # The rows with image paths that are relative to --out.
+        out_rows = []
         chats = {}                  # (row id, side) -> chat. The key is part of the seeds.
         for row in batch:
-            out_row = rebase_paths(row, image_fields, args.pairs, out_path)
+            out_row = rebased[row["id"]]
             try:
                 images = {field: open_image(args.pairs, row, field) for field in image_fields}
             except OSError as error:
@@ -427,20 +428,22 @@ def run_judge(args):
     vlm = VLM(args.vlm, args.served_model, device)
     settings = dict(edits=args.edits, vlm=vlm.name, max_new_tokens=args.max_new_tokens,
                     prompt_hash=hash_text(SC_RULES + PQ_RULES))
-    rebased = [rebase_paths(row, ["source", "edit"], args.edits, out_path) for row in edits]
+    image_fields = ["source", "edit"]
+    # id -> the row with image paths that are relative to --out
+    rebased = {row["id"]: rebase_paths(row, image_fields, args.edits, out_path) for row in edits}
     finished = start_output(
-        out_path, rebased, ["source", "edit", "instruction"], settings, rank)
+        out_path, rebased.values(), image_fields + ["instruction"], settings, rank)
 
     # 2. Every rank takes every world_size-th batch of the edits that are not finished.
     todo = [row for row in edits if row["id"] not in finished]
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
     for batch in tqdm(batches[rank::world_size], disable=rank > 0):
         # 3. Load the images and write the prompts.
-        out_rows = []               # The rows with image paths that are relative to --out.
+        out_rows = []
         sc_chats = []
         pq_chats = []
         for row in batch:
-            out_row = rebase_paths(row, ["source", "edit"], args.edits, out_path)
+            out_row = rebased[row["id"]]
             try:
                 source = open_image(args.edits, row, "source")
                 edit = open_image(args.edits, row, "edit")
@@ -653,6 +656,7 @@ def paired_gains(rows_a, rows_b, row_metrics):
 
 
 def judges_of(rows):
+    """The names of the judges that have rated these rows."""
     return {row.get("judge") for row in rows}
 
 

@@ -722,7 +722,7 @@ class Verdict(NamedTuple):
 def drop_reasoning(text):
     """The reply of a thinking model without <think>...</think>, also if that was cut off.
 
-    (A chat template that itself opens <think> hides the start, and so a thought that is cut off.)
+    If the chat template itself opens <think>, a thought that is cut off looks like a reply.
     """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 

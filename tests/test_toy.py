@@ -226,6 +226,15 @@ def test_a_journey_shows_the_three_edits_that_its_rules_choose(small_run, run_he
         assert min(image.size) > 300
 
 
+@pytest.mark.parametrize("made, score, told", [(0, 0.0, True), (1, 0.0, False), (0, 3.0, False)])
+def test_a_journey_says_why_a_score_is_0(made, score, told):
+    """Only if it is 0 and the edit was not made."""
+    principles = [dict(question="Made?", category="follow"), dict(question="Kept?", category="keep")]
+    trace = dict(text=say_verdict([made, 1], score), verdict=[made, 1], score=score)
+    row = dict(instruction="x", principles=principles, traces=[trace], chosen=0, gold=[made, 1], text=trace["text"])
+    assert ("It is 0 because the edit was not made" in journey.describe_sft_row(row)) == told
+
+
 def test_the_readme_tells_the_journey_of_toy_journey_md():
     """The block between the two comments is what toy/journey.py wrote."""
     readme = (ROOT / "README.md").read_text("utf-8")

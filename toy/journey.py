@@ -145,7 +145,9 @@ def describe_sft_row(row):
     columns = [questions, yes_no(worst["verdict"]), yes_no(chosen["verdict"]), yes_no(row["gold"])]
     titles = ["question", "a bad trace", "the chosen trace", "gold"]
     score = "Only the last line, the VLM's own rating from 0 to 10, is used as the score."
-    if chosen["score"] == 0:
+    is_made = all(answer for principle, answer in zip(row["principles"], chosen["verdict"])
+                  if principle["category"] == "follow")
+    if chosen["score"] == 0 and not is_made:
         score += " It is 0 because the edit was not made; what was kept does not make up for that."
     return (f"**2. Cold-start data.** Another edit, of the instruction *{row['instruction']}*. The "
             f"teacher wrote {len(row['traces'])} traces on it, and the inspector answered every "

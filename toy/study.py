@@ -34,7 +34,7 @@ MODELS = Path("toy/models")         # from the root: traces are drawn by the nam
 # ---------------------------------------------------------------- other equations
 
 def scaled_advantages(r):
-    """As in GRPO, also divided by the group's std: a nearly solved pair counts as much as any."""
+    """As in GRPO, also divided by the group's std: nearly equal rewards count as much as others."""
     return (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4)
 
 
